@@ -1,0 +1,276 @@
+"""What a model is built from, for one place of the grid.
+
+A model asks its `Parts` for linear layers, embeddings, norms, attention and the loss, and reads as its paper does; whether
+a weight is whole or a tensor-parallel share is settled here. Column-parallel layers hold rows of the weight and give a
+slice of the output features, row-parallel layers hold columns and sum (Shoeybi et al. 2019, "Megatron-LM", section 3).
+With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) the activations between them are cut along the sequence.
+
+Shapes: B batch, S sequence (s = S / tensor under sequence parallelism), H hidden, V vocabulary, N heads, D head size.
+At tensor = 1 every layer is plain `F.linear`, so torch.compile sees through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.norm import layer_norm, rms_norm
+from parallel.logical import Initial, Piece, describe
+
+VOCABULARY_MULTIPLE = 128  # of the padded vocabulary, whatever tp is, so that every layout multiplies the same matrix
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """This process's place among the ranks that share each layer."""
+
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+    sequence: bool = False  # activations between the parallel layers are cut along the sequence
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+class Parts:
+    """Builds a model's layers for one rank of a tensor-parallel group; the default is the whole model."""
+
+    def __init__(self, axis: TensorAxis = TensorAxis()) -> None:
+        self.axis = axis
+
+    # -- layers ------------------------------------------------------------------------------------------------
+
+    def column(self, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> ColumnLinear:
+        """A projection whose output features are shared out. `outputs` maps the logical tensor's name to its rows:
+        `{"q": N * D, "k": G * D, "v": G * D}` is one product that holds three logical tensors; `{"": F}` just one."""
+        return ColumnLinear(self.axis, in_features, outputs, bias, std)
+
+    def row(self, in_features: int, out_features: int, bias: bool, std: float) -> RowLinear:
+        """A projection whose input features are shared out: takes a column layer's slice, gives the whole hidden size."""
+        return RowLinear(self.axis, in_features, out_features, bias, std)
+
+    def embedding(self, vocab_size: int, hidden_size: int, std: float) -> VocabEmbedding:
+        return VocabEmbedding(self.axis, vocab_size, hidden_size, std)
+
+    def head(self, hidden_size: int, vocab_size: int, std: float) -> VocabHead:
+        return VocabHead(self.axis, hidden_size, vocab_size, std)
+
+    def norm(self, kind: str, hidden_size: int, epsilon: float, bias: bool) -> Norm:
+        """kind: "layer" or "rms"."""
+        return Norm(self.axis, kind, hidden_size, epsilon, bias)
+
+    def table(self, rows: int, hidden_size: int, std: float) -> nn.Parameter:
+        """A replicated table (learned positions) that is applied to this rank's slice of the sequence."""
+        return _summed(describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), decay=True), self.axis)
+
+    # -- places ------------------------------------------------------------------------------------------------
+
+    def share(self, count: int) -> int:
+        """This rank's part of `count` heads or features."""
+        assert count % self.axis.size == 0, f"{count} does not divide over {self.axis.size} tensor ranks"
+        return count // self.axis.size
+
+    def first(self, count: int) -> int:
+        """Where this rank's part of `count` begins."""
+        return self.share(count) * self.axis.rank
+
+    def first_row(self, rows: int) -> int:
+        """Where `rows` activations of this rank begin in the whole sequence: what dropout's coordinates need."""
+        return rows * self.axis.rank if self.axis.sequence else 0
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """This rank's slice of the sequence of an input (B, S, ...) that needs no gradient."""
+        if not self.axis.sequence:
+            return x
+        rows = x.shape[1] // self.axis.size
+        return x[:, self.axis.rank * rows : (self.axis.rank + 1) * rows]
+
+    # -- products ----------------------------------------------------------------------------------------------
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """`kernels.attention.attention` over this rank's heads; the place where context parallelism exchanges them."""
+        return attention(q, k, v, **options)
+
+
+class ColumnLinear(nn.Module):
+    """x (B, s, in) -> (B, S, sum(outputs) / tensor). Gathers the sequence first where it is cut."""
+
+    def __init__(self, axis: TensorAxis, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> None:
+        super().__init__()
+        self.axis = axis
+        rows = {name: count // axis.size for name, count in outputs.items()}
+        total = sum(rows.values())
+        weights, biases, start = [], [], 0
+        for name, count in outputs.items():
+            first, local = rows[name] * axis.rank, rows[name]
+            weights.append(Piece(name, (count, in_features), (first, 0), (local, in_features), start))
+            biases.append(Piece(name, (count,), (first,), (local,), start))
+            start += local
+        self.weight = describe(nn.Parameter(torch.empty(total, in_features)), Initial("normal", std), tuple(weights))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = describe(nn.Parameter(torch.empty(total)), Initial("zeros"), tuple(biases), decay=False)
+        _cut(self.weight, axis, 0)
+        _cut(self.bias, axis, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(enter(x, self.axis), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """x (B, S, in / tensor) -> (B, s, out), summed over the tensor ranks; the bias is added once, after the sum."""
+
+    def __init__(self, axis: TensorAxis, in_features: int, out_features: int, bias: bool, std: float) -> None:
+        super().__init__()
+        self.axis = axis
+        local = in_features // axis.size
+        piece = Piece("", (out_features, in_features), (0, local * axis.rank), (out_features, local))
+        self.weight = describe(nn.Parameter(torch.empty(out_features, local)), Initial("normal", std), (piece,))
+        _cut(self.weight, axis, 1)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = _summed(describe(nn.Parameter(torch.empty(out_features)), Initial("zeros"), decay=False), axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = leave(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabEmbedding(nn.Module):
+    """ids (B, S) -> (B, s, H). Each tensor rank holds a range of the padded vocabulary and gives zero for the others' ids."""
+
+    def __init__(self, axis: TensorAxis, vocab_size: int, hidden_size: int, std: float) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.first
+        ours = (local >= 0) & (local < self.weight.shape[0])
+        x = F.embedding(torch.where(ours, local, 0), self.weight) * ours[..., None].to(self.weight.dtype)
+        return leave(x, self.axis)
+
+
+class VocabHead(nn.Module):
+    """The output matrix (V, H), cut along the vocabulary. With tied embeddings pass the embedding's weight instead."""
+
+    def __init__(self, axis: TensorAxis, hidden_size: int, vocab_size: int, std: float) -> None:
+        super().__init__()
+        self.axis, self.vocab_size = axis, vocab_size
+        self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
+
+    def tie(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+    def loss(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank.
+
+        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts.
+        """
+        x = enter(x, self.axis)
+        group = self.axis.group if self.axis.size > 1 else None
+        return linear_cross_entropy(
+            x, self.weight, targets, mask, vocab_size=self.vocab_size, first_class=self.first, group=group
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, S, V) float32, whole, without the padding; for generation and evaluation, no gradient."""
+        y = F.linear(enter(x, self.axis), self.weight).float()
+        if self.axis.size > 1:
+            shares = [torch.empty_like(y) for _ in range(self.axis.size)]
+            torch.distributed.all_gather(shares, y.contiguous(), group=self.axis.group)
+            y = torch.cat(shares, dim=-1)
+        return y[..., : self.vocab_size]
+
+
+class Norm(nn.Module):
+    """Layer or root-mean-square norm over H; replicated, its gradient summed over the tensor ranks where the sequence is cut."""
+
+    def __init__(self, axis: TensorAxis, kind: str, hidden_size: int, epsilon: float, bias: bool) -> None:
+        super().__init__()
+        self.kind, self.epsilon = kind, epsilon
+        weight = describe(nn.Parameter(torch.empty(hidden_size)), Initial("ones"), decay=False)
+        self.weight = _summed(weight, axis)
+        self.bias: nn.Parameter | None = None
+        if bias and kind == "layer":
+            self.bias = _summed(describe(nn.Parameter(torch.empty(hidden_size)), Initial("zeros"), decay=False), axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rms":
+            return rms_norm(x, self.weight, self.epsilon)
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+# -- at the edges of the tensor-parallel region: megatron-core's collectives, along our sequence dimension -----------
+
+
+def enter(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Before a column-parallel product: gather the sequence, or copy with an all-reduce of the gradient."""
+    if axis.size == 1:
+        return x
+    from megatron.core.tensor_parallel import mappings
+
+    if not axis.sequence:
+        return mappings.copy_to_tensor_model_parallel_region(x, group=axis.group)
+    gathered = mappings.gather_from_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=axis.group)
+    return gathered.transpose(0, 1)
+
+
+def leave(x: Tensor, axis: TensorAxis) -> Tensor:
+    """After a row-parallel product: sum over the tensor ranks, keeping only this rank's slice of a cut sequence."""
+    if axis.size == 1:
+        return x
+    from megatron.core.tensor_parallel import mappings
+
+    if not axis.sequence:
+        return mappings.reduce_from_tensor_model_parallel_region(x, group=axis.group)
+    scattered = mappings.reduce_scatter_to_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=axis.group)
+    return scattered.transpose(0, 1)
+
+
+def _vocabulary_rows(axis: TensorAxis, vocab_size: int, hidden_size: int, std: float) -> tuple[nn.Parameter, int]:
+    """This rank's rows of a (V, H) matrix, padded in memory only, and the id of its first row."""
+    rows = padded_vocabulary(vocab_size) // axis.size
+    first = rows * axis.rank
+    real = max(0, min(rows, vocab_size - first))
+    piece = Piece("", (vocab_size, hidden_size), (min(first, vocab_size), 0), (real, hidden_size))
+    weight = describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), (piece,))
+    return _cut(weight, axis, 0), first
+
+
+def _cut(parameter: Any, axis: TensorAxis, dim: int) -> Any:
+    """Mark a share of a logical tensor, so that norms count it once for each rank (megatron-core's and DeepSpeed's flag)."""
+    if parameter is not None and axis.size > 1:
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = dim
+        parameter.partition_stride = 1
+    return parameter
+
+
+def _summed(parameter: nn.Parameter, axis: TensorAxis) -> nn.Parameter:
+    """A replicated parameter that sees only this rank's slice of the sequence: its gradient is summed over the group.
+
+    As a tensor hook, because under ZeRO-2/3 and float32 accumulation the gradient has left `p.grad` before any later sum.
+    """
+    if axis.sequence and axis.size > 1:
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]
+
+        def total(gradient: Tensor) -> Tensor:
+            gradient = gradient.contiguous()
+            torch.distributed.all_reduce(gradient, group=axis.group)
+            return gradient
+
+        parameter.register_hook(total)
+    return parameter
