@@ -1,0 +1,139 @@
+"""This process's place among the ranks, and the process groups of each axis.
+
+Ranks are laid out by megatron-core's `parallel_state` in the order tensor, context, data, pipeline (tensor ranks are
+neighbours). A run of one process has no groups but the world's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.layers import TensorAxis
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Grid:
+    layout: Layout
+    rank: int
+    world: int
+    device: torch.device
+    tensor: TensorAxis
+    data_rank: int
+    stage: int  # pipeline rank
+    data_group: Any  # None stands for the world where there is one process
+    model_group: Any  # tensor x pipeline: the ranks that together hold one copy of the model
+    pipeline_group: Any
+    embedding_group: Any  # first and last stage, which both hold a tied embedding; None elsewhere
+
+    @property
+    def data_size(self) -> int:
+        return self.layout.data
+
+    @property
+    def first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.stage == self.layout.pipeline - 1
+
+    @property
+    def reads_loss(self) -> bool:
+        """One rank of the model's ranks that has the loss: it adds to sums over the data-parallel axis."""
+        return self.last_stage and self.tensor.rank == 0
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place, of what each rank counts once."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def rank_and_world() -> tuple[int, int]:
+    """What the launcher (torchrun's variables) says of this process; 0 of 1 without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_grid(layout: Layout, timeout_seconds: float) -> Grid:
+    """Join the other processes and build the groups. A second call in one process rebuilds them for another layout.
+
+    Raises RuntimeError (from torch) when the others do not join, or stop answering, within the timeout.
+    """
+    device = pick_device()
+    if not dist.is_initialized():
+        _join(device, timedelta(seconds=timeout_seconds))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert world == layout.size, f"{layout} needs {layout.size} processes, there are {world}"
+    if world == 1:
+        return Grid(layout, 0, 1, device, TensorAxis(), 0, 0, None, None, None, None)
+    return _parallel_grid(layout, rank, world, device, timedelta(seconds=timeout_seconds))
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if rank_and_world()[1] == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+
+
+def _parallel_grid(layout: Layout, rank: int, world: int, device: torch.device, timeout: timedelta) -> Grid:
+    from megatron.core import parallel_state as state
+
+    from parallel import cpu
+
+    cpu.install()
+    if state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+    )
+    tensor = TensorAxis(
+        layout.tensor,
+        state.get_tensor_model_parallel_rank(),
+        state.get_tensor_model_parallel_group(),
+        sequence=layout.sequence,
+    )
+    at_edge = layout.pipeline > 1 and (state.is_pipeline_first_stage() or state.is_pipeline_last_stage())
+    return Grid(
+        layout=layout,
+        rank=rank,
+        world=world,
+        device=device,
+        tensor=tensor,
+        data_rank=state.get_data_parallel_rank(),
+        stage=state.get_pipeline_model_parallel_rank(),
+        data_group=state.get_data_parallel_group(),
+        model_group=state.get_model_parallel_group(),
+        pipeline_group=state.get_pipeline_model_parallel_group(),
+        embedding_group=state.get_embedding_group() if at_edge else None,
+    )
+
+
+def stop_grid() -> None:
+    """Leave the groups, so that a process ends without a warning."""
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""Running one step's micro-batches forward and backward through the stages.
+
+One stage: a plain loop. Several: megatron-core's 1F1B and interleaved schedules. The loss is a sum over targets divided
+by the global count of targets, so neither micro-batches nor ranks with fewer targets weigh more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.grid import Grid
+from parallel.stages import Stage
+
+MicroBatch = tuple[Tensor, ...]
+
+
+class Schedule:
+    """Drives the stages of one process.
+
+    `hidden_size` and `dtype` are those of the activations that stages exchange; `micro_size` sequences a micro-batch.
+    """
+
+    def __init__(self, stages: list[Stage], grid: Grid, hidden_size: int, dtype: torch.dtype) -> None:
+        self.stages, self.grid = stages, grid
+        if grid.layout.pipeline > 1:
+            config = _schedule_config(grid, hidden_size, dtype)
+            for stage in stages:
+                stage.config, stage.model_type = config, _model_type()
+
+    def run(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool = False) -> Tensor:
+        """Forward (and backward of loss * scale) over the micro-batches; gradients accumulate in the parameters.
+
+        Returns the float32 sum of the losses over this rank's micro-batches, unscaled, on the ranks of the last stage;
+        zero elsewhere. Reads nothing back from the device.
+        """
+        if self.grid.layout.pipeline == 1:
+            return self._run_alone(batches, scale, forward_only)
+        return self._run_pipeline(batches, scale, forward_only)
+
+    def _run_alone(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool) -> Tensor:
+        total = torch.zeros((), device=self.grid.device)
+        for batch in batches:
+            with torch.set_grad_enabled(not forward_only):
+                loss = self.stages[0](batch)
+            if not forward_only:
+                (loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def _run_pipeline(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool) -> Tensor:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        count = len(batches)
+
+        def forward_step(source: Iterator[MicroBatch], stage: Stage) -> tuple[Tensor, Any]:
+            output = stage(next(source))
+            # The schedule divides the returned loss by the number of micro-batches, in place: log a copy.
+            return output, lambda loss: (loss * (scale * count), loss.detach().clone())
+
+        layout = self.grid.layout
+        sources = [iter(batches) for _ in self.stages]
+        several = len(self.stages) > 1
+        B, S = batches[0][0].shape
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=sources if several else sources[0],
+            model=self.stages if several else self.stages[0],
+            num_microbatches=count,
+            # These two only size the buffers for hidden states, (seq_length / tp under sequence parallelism, micro, H).
+            # Ours are (B, s, H), so the two are given the other way round.
+            seq_length=B * (layout.tensor if layout.sequence else 1),
+            micro_batch_size=S // (layout.tensor if layout.sequence else 1),
+            forward_only=forward_only,
+        )
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.grid.device)
+
+
+def _schedule_config(grid: Grid, hidden_size: int, dtype: torch.dtype) -> Any:
+    from megatron.core import ModelParallelConfig
+
+    layout = grid.layout
+    interleaved = layout.virtual > 1
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
+        sequence_parallel=layout.sequence,
+        pipeline_dtype=dtype,
+        # Two interleaved stages exchange with the same neighbour in both directions: batched operations would pair up
+        # wrongly there (silently wrong gradients on gloo), overlapped single ones do not.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,
+    )
+    # What the schedules read beyond this class (they expect the larger TransformerConfig).
+    for name, value in {
+        "hidden_size": hidden_size,
+        "calculate_per_token_loss": False,
+        "fine_grained_activation_offloading": False,
+        "overlap_moe_expert_parallel_comm": False,
+    }.items():
+        setattr(config, name, value)
+    return config
+
+
+def _model_type() -> Any:
+    from megatron.core.enums import ModelType
+
+    return ModelType.encoder_or_decoder
