@@ -55,6 +55,8 @@ class Share:
 
 
 class Engine(Protocol):
+    replicated: bool  # every data-parallel rank keeps all of the optimizer
+
     def step(self, learning_rate: float) -> Step:
         """Finish the accumulated gradients, clip, update, clear."""
 
@@ -75,6 +77,8 @@ class Engine(Protocol):
 def make_engine(module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> Engine:
     """module: this rank's stages, its parameters in the compute dtype. tied: its end of an embedding that is also at
     the other end of the pipeline, else None."""
+    if tied is not None and not grid.first_stage:
+        tied.ds_pipe_replicated = True  # type: ignore[attr-defined]  # norms and checkpoints take the first stage's alone
     if grid.layout.zero == 0:
         return PlainEngine(module, grid, options, tied)
     return DeepSpeedEngine(module, grid, options, tied)
@@ -139,6 +143,8 @@ class PlainEngine(_Counted):
     With a bfloat16 model the masters are float32 copies, and gradients accumulate into float32 as each micro-batch's
     backward produces them (bfloat16 accumulation loses the small ones).
     """
+
+    replicated = True
 
     def __init__(self, module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         self.grid, self.options, self.tied = grid, options, tied
@@ -210,14 +216,14 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 class DeepSpeedEngine(_Counted):
     """ZeRO stage 1 by DeepSpeed, driven from outside: our schedule runs the raw modules, `step` reduces and updates."""
 
+    replicated = False
+
     def __init__(self, module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         deepspeed = _import_deepspeed(grid.device)
         self.grid, self.tied = grid, tied
         self.names = {parameter: path for path, parameter in module.named_parameters()}
         bf16 = next(module.parameters()).dtype == torch.bfloat16
         self.optimizer = adamw(module, options)
-        if tied is not None and not grid.first_stage:
-            tied.ds_pipe_replicated = True  # type: ignore[attr-defined]  # the norm counts the first stage's alone
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,

@@ -1,0 +1,160 @@
+"""From an engine's flat shares to boxes of logical tensors, for checkpoints.
+
+ZeRO cuts flattened parameters anywhere; a file wants boxes. A row (the first dimension's element) belongs to the rank that
+keeps its first number; the ends of rows that lie with later ranks are sent to it, a row's length at the most for each
+parameter and neighbour. So every rank writes whole rows of its own share and no rank ever holds more.
+
+    flat share:     ....|aaaaaaaaaaaa|bbbbbbbbbb|....
+    rows:       |....aaa|aaaaaa|aaabbb|bbbbbb|b....|      rank a writes rows 2 and 3, b sends it the end of row 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.gradients import counts_once
+from parallel.grid import Grid
+from parallel.logical import Piece, canonical
+from parallel.zero import MOMENTS, Engine, Share
+
+KINDS = ("weight", *MOMENTS)  # what is kept of each logical tensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of one logical tensor, in one of its kinds, and the float32 numbers in it (shape: size)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    values: Tensor
+
+
+def row_length(parameter: Tensor) -> int:
+    return parameter.shape[1] if parameter.dim() == 2 else 1
+
+
+def boxes_of_rows(path: str, parameter: nn.Parameter, first: int, values: dict[str, Tensor]) -> Iterator[Box]:
+    """Boxes of the local parameter's rows `first : first + n`; values: (n, ...) for each kind. Padding rows fall out."""
+    count = next(iter(values.values())).shape[0]
+    for piece in parameter.pieces:  # type: ignore[attr-defined]
+        begin, end = max(first, piece.start), min(first + count, piece.start + piece.size[0])
+        if begin >= end:
+            continue
+        offset = (piece.offset[0] + begin - piece.start, *piece.offset[1:])
+        for kind, rows in values.items():
+            yield Box(canonical(path, piece), kind, piece.shape, offset, rows[begin - first : end - first])
+
+
+def held_boxes(engine: Engine, grid: Grid) -> list[Box]:
+    """Copies of what this rank writes. Over all ranks the boxes tile every logical tensor exactly once. Collective."""
+    shares = [share for share in engine.shares() if counts_once(share.parameter, grid.tensor.rank)]
+    rows = _replicated_rows(shares, grid) if engine.replicated else _sharded_rows(shares, grid)
+    return [
+        box for share, first, values in rows for box in boxes_of_rows(share.path, share.parameter, first, values)
+    ]
+
+
+Rows = tuple[Share, int, dict[str, Tensor]]
+
+
+def _kinds(share: Share) -> dict[str, Tensor]:
+    return {"weight": share.master, **share.moments}
+
+
+def _shape(parameter: Tensor, rows: int) -> tuple[int, ...]:
+    return (rows, *parameter.shape[1:])
+
+
+def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
+    """Stage 0: every data-parallel rank has all, so each writes its part of the rows."""
+    for share in shares:
+        total = share.parameter.shape[0]
+        first, end = (total * r // grid.data_size for r in (grid.data_rank, grid.data_rank + 1))
+        if first < end:
+            shape, length = _shape(share.parameter, end - first), row_length(share.parameter)
+            part = slice(first * length, end * length)
+            yield share, first, {kind: flat[part].clone().view(shape) for kind, flat in _kinds(share).items()}
+
+
+def _sharded_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
+    ends = _exchange_row_ends(shares, grid)
+    for share in shares:
+        length = row_length(share.parameter)
+        first, end = -(-share.start // length), -(-(share.start + share.numel) // length)
+        if first >= end:
+            continue  # less than a row, which begins with an earlier rank
+        shape = _shape(share.parameter, end - first)
+        own = slice(first * length - share.start, None)
+        yield (
+            share,
+            first,
+            {
+                kind: torch.cat([flat[own], *ends.get((share.path, kind), [])]).view(shape)
+                for kind, flat in _kinds(share).items()
+            },
+        )
+
+
+def _exchange_row_ends(shares: list[Share], grid: Grid) -> dict[tuple[str, str], list[Tensor]]:
+    """Send the beginnings of this rank's shares that end another rank's row; returns what others sent, in row order."""
+    size, me = grid.data_size, grid.data_rank
+    if size == 1:
+        return {}
+    places: list[dict[str, tuple[int, int, int]]] = [{} for _ in range(size)]
+    ours = {s.path: (s.start, s.numel, row_length(s.parameter)) for s in shares}
+    dist.all_gather_object(places, ours, group=grid.data_group)
+    sent: list[list[Tensor]] = [[] for _ in range(size)]
+    for share in shares:
+        owner, count = _owner_of_head(places, me, share.path)
+        if count:
+            sent[owner] += [flat[:count] for flat in _kinds(share).values()]
+    expected = [[_owner_of_head(places, rank, path) for path in places[rank]] for rank in range(size)]
+    counts = [len(KINDS) * sum(count for owner, count in messages if owner == me) for messages in expected]
+    empty = shares[0].master.new_empty(0) if shares else torch.empty(0, device=grid.device)
+    outgoing = torch.cat([empty, *(part for parts in sent for part in parts)])
+    incoming = outgoing.new_empty(sum(counts))
+    sizes = [sum(part.numel() for part in parts) for parts in sent]
+    dist.all_to_all_single(incoming, outgoing, counts, sizes, group=grid.data_group)
+    received: dict[tuple[str, str], list[Tensor]] = {}
+    place = 0
+    for rank, messages in enumerate(expected):
+        for path, (owner, count) in zip(places[rank], messages, strict=True):
+            for kind in KINDS if owner == me and count else ():
+                received.setdefault((path, kind), []).append(incoming[place : place + count])
+                place += count
+    return received
+
+
+def _owner_of_head(places: list[dict[str, tuple[int, int, int]]], rank: int, path: str) -> tuple[int, int]:
+    """The rank in whose row this rank's share of a parameter begins, and how many of its numbers that row wants."""
+    start, numel, length = places[rank][path]
+    into = start % length
+    if into == 0:
+        return rank, 0
+    row = start - into
+    for other, shares in enumerate(places):
+        begin, count, _ = shares.get(path, (0, 0, 0))
+        if begin <= row < begin + count:
+            return other, min(numel, length - into)
+    raise AssertionError(f"no data-parallel rank keeps element {row} of {path}")
+
+
+def wanted_rows(share: Share) -> tuple[int, int]:
+    """The rows of the local parameter that a share needs when it is loaded: first and past the last."""
+    length = row_length(share.parameter)
+    return share.start // length, -(-(share.start + share.numel) // length)
+
+
+def local_boxes(path: str, parameter: nn.Parameter, first: int, end: int) -> Iterator[tuple[str, Piece, int, int]]:
+    """(canonical name, piece, first row, past the last row) of the local parameter's rows that hold logical ones."""
+    for piece in parameter.pieces:  # type: ignore[attr-defined]
+        begin, stop = max(first, piece.start), min(end, piece.start + piece.size[0])
+        if begin < stop:
+            yield canonical(path, piece), piece, begin, stop
