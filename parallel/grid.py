@@ -55,6 +55,11 @@ class Grid:
             dist.all_reduce(values)
         return values
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
 
 def rank_and_world() -> tuple[int, int]:
     """What the launcher (torchrun's variables) says of this process; 0 of 1 without one."""

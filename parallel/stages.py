@@ -6,7 +6,7 @@ rank r of P holds chunks r, r + P, r + 2P, ... of the model (Narayanan et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class Stage(nn.Module):
         self.module = module
         self.cut = cut
         self._received: Tensor | None = None
-        self._run: Callable[..., Tensor] = torch.compile(module, dynamic=False) if compile else module
+        self._run: Callable[..., Tensor] = torch.compile(module.forward, dynamic=False) if compile else module.forward
 
     def set_input_tensor(self, tensor: Any) -> None:
         """megatron-core hands over what the previous stage sent."""
@@ -59,3 +59,8 @@ class Stage(nn.Module):
     def forward(self, batch: tuple[Tensor, ...]) -> Tensor:
         output = self._run(*batch, hidden=None if self.cut.first else self._received)
         return output if self.cut.last else output.contiguous()
+
+
+def parameter_paths(stages: Sequence[Stage]) -> dict[nn.Parameter, str]:
+    """This rank's parameters and their paths in the whole model; a tied parameter once."""
+    return {parameter: path for stage in stages for path, parameter in stage.module.named_parameters()}

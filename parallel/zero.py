@@ -12,8 +12,9 @@ is not applied.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from parallel.gradients import average, global_norm, sum_tied
 from parallel.grid import Grid
+from parallel.stages import Stage, parameter_paths
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -74,14 +76,14 @@ class Engine(Protocol):
     def updates(self, count: int) -> None: ...
 
 
-def make_engine(module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> Engine:
-    """module: this rank's stages, its parameters in the compute dtype. tied: its end of an embedding that is also at
-    the other end of the pipeline, else None."""
+def make_engine(stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> Engine:
+    """stages: this rank's, their parameters in the compute dtype. tied: its end of an embedding that is also at the
+    other end of the pipeline, else None."""
     if tied is not None and not grid.first_stage:
         tied.ds_pipe_replicated = True  # type: ignore[attr-defined]  # norms and checkpoints take the first stage's alone
     if grid.layout.zero == 0:
-        return PlainEngine(module, grid, options, tied)
-    return DeepSpeedEngine(module, grid, options, tied)
+        return PlainEngine(stages, grid, options, tied)
+    return DeepSpeedEngine(stages, grid, options, tied)
 
 
 def set_weights(engine: Engine, values: Callable[[str, nn.Parameter], Tensor]) -> None:
@@ -95,14 +97,15 @@ def set_weights(engine: Engine, values: Callable[[str, nn.Parameter], Tensor]) -
     engine.publish()
 
 
-def adamw(module: nn.Module, options: AdamWOptions) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); no decay on norms and biases."""
-    decayed = [p for p in module.parameters() if p.decay]  # type: ignore[attr-defined]
-    plain = [p for p in module.parameters() if not p.decay]  # type: ignore[attr-defined]
+    decayed, plain = [], []
+    for parameter in parameters:
+        (decayed if parameter.decay else plain).append(parameter)  # type: ignore[attr-defined]
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0))
-        if parameters
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, options.weight_decay), (plain, 0.0))
+        if group
     ]
     # fused is 6 to 7 times faster than foreach on a CPU, and one launch on a GPU.
     return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
@@ -146,10 +149,10 @@ class PlainEngine(_Counted):
 
     replicated = True
 
-    def __init__(self, module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
+    def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         self.grid, self.options, self.tied = grid, options, tied
-        self.names = {parameter: path for path, parameter in module.named_parameters()}
-        self.optimizer = adamw(module, options)
+        self.names = parameter_paths(stages)
+        self.optimizer = adamw(self.names, options)
         self.parameters: list[nn.Parameter] = []
         self.masters: list[nn.Parameter] = []
         for group in self.optimizer.param_groups:
@@ -170,7 +173,7 @@ class PlainEngine(_Counted):
             average(gradients, self.grid.data_group)
         norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
         value = norm.item()
-        applied = value == value and value != float("inf")
+        applied = math.isfinite(value)
         if applied:
             self._update(gradients, norm, learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,14 +221,14 @@ class DeepSpeedEngine(_Counted):
 
     replicated = False
 
-    def __init__(self, module: nn.Module, grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
+    def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         deepspeed = _import_deepspeed(grid.device)
         self.grid, self.tied = grid, tied
-        self.names = {parameter: path for path, parameter in module.named_parameters()}
-        bf16 = next(module.parameters()).dtype == torch.bfloat16
-        self.optimizer = adamw(module, options)
+        self.names = parameter_paths(stages)
+        bf16 = next(iter(self.names)).dtype == torch.bfloat16
+        self.optimizer = adamw(self.names, options)
         self.engine, *_ = deepspeed.initialize(
-            model=module,
+            model=nn.ModuleList(stages),
             optimizer=self.optimizer,
             config=_deepspeed_config(grid.layout.zero, options.clip_norm, bf16),
             mpu=_Groups(grid),

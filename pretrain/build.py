@@ -1,0 +1,100 @@
+"""What a config becomes at one place of the grid: stages of the model, their schedule, the engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.grid import Grid
+from parallel.initial import initial_values
+from parallel.layers import Parts
+from parallel.schedules import Schedule
+from parallel.stages import Stage, cuts
+from parallel.zero import AdamWOptions, Engine, make_engine, set_weights
+from pretrain.config.run import Config
+from pretrain.errors import UserError
+from pretrain.models.gpt import GPT
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Built:
+    stages: list[Stage]
+    schedule: Schedule
+    engine: Engine
+    compiled: str  # for people: compiled or not, and why
+
+    def train(self, training: bool) -> None:
+        """Dropout on or off."""
+        for stage in self.stages:
+            stage.train(training)
+
+
+def build(config: Config, grid: Grid, vocab_size: int) -> Built:
+    """The model at its initial weights, ready to train."""
+    compiled, why = choose_compile(config, grid)
+    dtype = DTYPES[config.precision.compute]
+    stages = build_stages(config, grid, vocab_size, dtype, compiled)
+    schedule = Schedule(stages, grid, config.model.hidden_size, dtype)
+    tied = _tied_end(stages, config, grid)
+    engine = make_engine(stages, grid, optimizer_options(config), tied)
+    set_weights(engine, lambda path, parameter: initial_values(path, parameter, config.run.seed))
+    return Built(stages, schedule, engine, why)
+
+
+def build_stages(config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool) -> list[Stage]:
+    parts = Parts(grid.tensor)
+    layout = grid.layout
+    stages = []
+    for cut in cuts(config.model.num_layers, layout.pipeline, layout.virtual, grid.stage):
+        model: Any = GPT(
+            config.model, parts, vocab_size, config.data.seq_length, layers=cut.layers, first=cut.first, last=cut.last
+        )
+        model.recompute = config.parallel.recompute
+        stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
+    return stages
+
+
+def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter | None:
+    """This rank's end of an embedding that the first and the last stage share across the pipeline."""
+    if not config.model.tie_embeddings or grid.layout.pipeline == 1:
+        return None
+    if grid.first_stage:
+        return stages[0].module.embedding.weight  # type: ignore[union-attr, return-value]
+    return stages[-1].module.tied_copy if grid.last_stage else None  # type: ignore[return-value]
+
+
+def optimizer_options(config: Config) -> AdamWOptions:
+    optimizer = config.optimizer
+    return AdamWOptions(optimizer.betas, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm)
+
+
+def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
+    """Whether torch.compile runs, and the reason in words."""
+    wish = config.precision.compile
+    if wish == "never":
+        return False, "eager (precision.compile: never)"
+    if wish == "auto" and grid.layout.tensor > 1:
+        return False, "eager (tensor parallelism's collectives would break the graph)"
+    if grid.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        if wish == "always":
+            raise UserError("precision.compile: always needs a C++ compiler (g++) on PATH; install one, or set it to auto")
+        return False, "eager (no C++ compiler found; training is faster with g++ installed)"
+    _private_compile_cache()
+    return True, "compiled"
+
+
+def _private_compile_cache() -> None:
+    """Compiled code is unpickled when it is reused, so it must lie where nobody else can write."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pretrain" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,0 +1,101 @@
+"""How well a trained model predicts a text: loss a token, perplexity, bits per byte.
+
+Text is scored with a sliding context: windows of the model's length, each advancing by `stride` tokens and scoring only
+its last `stride` ones, so that every token but the first ones has at least length - stride tokens before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pretrain.data.chunks import Chunks
+from pretrain.data.documents import read_text
+from pretrain.data.manifest import Manifest
+from pretrain.errors import UserError
+from pretrain.loading import Loaded, load_model
+from pretrain.models.gpt import GPT
+
+
+@torch.inference_mode()
+def sum_loss(model: GPT, ids: np.ndarray, stride: int, batch_size: int) -> tuple[float, int]:
+    """Summed cross-entropy in nats of ids[1:] and their count. The model must be in `eval()`."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for windows, targets in _batches(ids, model.max_length, stride, batch_size):
+        logits = model.logits(torch.from_numpy(windows).to(device))
+        wanted = torch.from_numpy(targets).to(device)
+        total += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum").item()
+        count += int((targets >= 0).sum())
+    return total, count
+
+
+def _batches(ids: np.ndarray, length: int, stride: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(B, length) inputs and targets; a target that an earlier window has scored, or past the end, is -1."""
+    inputs, targets, scored = ids[:-1], ids[1:], 0
+    starts = range(0, max(1, len(inputs) - length + stride), stride)
+    rows = []
+    for start in starts:
+        window, wanted = inputs[start : start + length], targets[start : start + length].copy()
+        wanted[: scored - start] = -1
+        scored = start + len(window)
+        missing = length - len(window)
+        rows.append((np.pad(window, (0, missing)), np.pad(wanted, (0, missing), constant_values=-1)))
+        if len(rows) == size or scored >= len(inputs):
+            yield np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+            rows = []
+        if scored >= len(inputs):
+            return
+
+
+def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
+    """The ids of a text file or of shards, and the bytes of text behind them."""
+    if data.is_dir() and (data / "manifest.json").is_file():
+        manifest = Manifest.load(data)
+        if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
+            raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
+        return _all_tokens(manifest), manifest.text_bytes
+    text = read_text(data)
+    ids = [loaded.tokenizer.eos, *loaded.tokenizer.encode(text)]
+    return np.asarray(ids, dtype=np.int64), len(text.encode())
+
+
+def _all_tokens(manifest: Manifest) -> np.ndarray:
+    """Every token of a folder of shards, in order, each chunk's hash checked."""
+    chunks, size = Chunks(manifest), manifest.tokens_per_chunk
+    counts = [min(size, manifest.tokens - first) for first in range(0, manifest.tokens, size)]
+    return np.concatenate([chunks.tokens(chunk, 0, count) for chunk, count in enumerate(counts)]).astype(np.int64)
+
+
+def main(args: Namespace) -> int:
+    """`python -m pretrain evaluate`: prints one JSON line."""
+    loaded = load_model(Path(args.run), args.checkpoint)
+    length = loaded.model.max_length
+    stride = args.stride or length
+    if not 1 <= stride <= length:
+        raise UserError(f"--stride {stride}: give 1 to {length}, the model's length")
+    ids, text_bytes = _tokens_of(Path(args.data), loaded)
+    if len(ids) < 2:
+        raise UserError(f"--data {args.data}: nothing to score in it")
+    total, count = sum_loss(loaded.model, ids, stride, args.batch_size)
+    loss = total / count
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
+        "tokens": count,
+        "bytes": text_bytes,
+        "stride": stride,
+        "step": loaded.step,
+    }
+    json.dump(result, sys.stdout)
+    print()
+    return 0

@@ -1,0 +1,47 @@
+"""A trained model on one process, for the commands that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from parallel.grid import pick_device
+from parallel.layers import Parts
+from pretrain import checkpoint
+from pretrain.build import DTYPES
+from pretrain.config.run import Config
+from pretrain.errors import UserError
+from pretrain.models.gpt import GPT
+from pretrain.runs import run_config
+from pretrain.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+    config: Config
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_model(run: Path, step: int | None = None) -> Loaded:
+    """The model of a run's newest whole checkpoint, or of one step's, with its tokenizer."""
+    config = run_config(run)
+    tokenizer = Tokenizer.load(run / "tokenizer.model")
+    found = _find(run, step)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    model = GPT(config.model, Parts(), vocab_size, config.data.seq_length)
+    checkpoint.load_weights(found, model)
+    model.to(pick_device(), DTYPES[config.precision.compute]).eval()
+    return Loaded(config, model, tokenizer, found.state.step)
+
+
+def _find(run: Path, step: int | None) -> checkpoint.Checkpoint:
+    if step is not None:
+        steps = checkpoint.list_steps(run)
+        if step not in steps:
+            raise UserError(f"--checkpoint {step}: {run} has checkpoints of the steps {steps}")
+        return checkpoint.open_checkpoint(checkpoint.folder_of(run, step))
+    found = checkpoint.latest(run)
+    if found is None:
+        raise UserError(f"{run}: no checkpoint yet; train it first: python -m pretrain train {run}")
+    return found

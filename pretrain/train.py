@@ -1,0 +1,243 @@
+"""Training: the loop, and the run that it drives.
+
+The loop holds only verbs; a `Run` is one training run at one place of the grid. All that its future depends on is the
+config, `State` and the engine's tensors, so a checkpoint holds just these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from parallel.grid import Grid, rank_and_world, start_grid, stop_grid
+from parallel.layout import Layout
+from parallel.zero import Step
+from pretrain import checkpoint, runs
+from pretrain.build import Built, build
+from pretrain.checkpoint import State
+from pretrain.config.run import Config
+from pretrain.data.stream import Stream, batch_hash, prefetch
+from pretrain.errors import UserError
+from pretrain.interrupt import Interrupt
+from pretrain.objectives.batch import Batch
+from pretrain.objectives.causal import Causal
+from pretrain.report import Reporter
+from pretrain.schedule import Plan
+from pretrain.validation import Validation
+
+
+class StepData(NamedTuple):
+    """This rank's part of one step."""
+
+    numbers: np.ndarray  # sample numbers (n,)
+    tokens: np.ndarray  # (n, S + 1)
+    batches: list[Batch]  # the same as micro-batches
+    size: int  # sequences of the step over all ranks
+    targets: float  # targets that count, over all ranks
+    stop: bool  # some rank was asked to stop
+    waited: float  # seconds for the data
+
+
+def train(run: Run) -> str:
+    """Step until the schedule ends or something else does; returns what."""
+    for data in run.data():
+        started = time.perf_counter()
+        loss = run.forward_backward(data)
+        update = run.engine.step(run.learning_rate())
+        run.advance(data, update)
+        run.log(data, loss, update, time.perf_counter() - started)
+        if run.due(run.config.monitor.validate_every):
+            run.validate()
+        if run.due(run.config.monitor.sample_every):
+            run.sample()
+        reason = run.ending(data)
+        if reason or run.due(run.config.checkpoint.every):
+            run.save()
+        if reason:
+            return reason
+    return "finished"
+
+
+class Run:
+    """A training run at one place of the grid."""
+
+    def __init__(self, config: Config, grid: Grid, reporter: Reporter, interrupt: Interrupt) -> None:
+        self.config, self.grid, self.reporter, self.interrupt = config, grid, reporter, interrupt
+        self.folder = Path(config.run.dir)
+        self.plan = Plan(config)
+        self.stream = Stream(
+            config.data.train_folders, config.data.seq_length, config.run.seed, config.data.lanes, config.data.window
+        )
+        manifest = self.stream.manifests[0]
+        self.objective = Causal(config.objective, manifest.eos, config.run.seed)
+        self.built: Built = build(config, grid, config.model.vocab_size or manifest.vocab_size)
+        self.engine = self.built.engine
+        self.validation = Validation.of(config, grid, self.objective) if config.data.validation else None
+        self.state = State()
+        self.before = self.state  # the state one step ago: an interval is due when it was crossed since
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def data(self) -> Iterator[StepData]:
+        """The steps from here to the schedule's end; one prefetch thread reads ahead."""
+        steps = self.plan.steps_from(self.state.step)
+        source = prefetch(self.stream, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch)
+        try:
+            while self.state.step < self.plan.total_steps:
+                started = time.perf_counter()
+                numbers, tokens = next(source)
+                waited = time.perf_counter() - started
+                yield self._step_data(numbers, tokens, waited)
+        finally:
+            source.close()
+
+    def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
+        size = self.config.batch.micro_size
+        batches = [
+            Batch(*(tensor.to(self.grid.device) for tensor in self.objective(numbers[i : i + size], tokens[i : i + size])))
+            for i in range(0, len(numbers), size)
+        ]
+        counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_loss else 0.0
+        facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (counted, self.interrupt.asked)])
+        targets, stop = self.grid.total(facts.to(self.grid.device)).tolist()
+        return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
+
+    def forward_backward(self, data: StepData) -> torch.Tensor:
+        """This rank's sum of losses; gradients of the mean over all targets accumulate."""
+        self.built.train(True)
+        # The engine averages over the data-parallel ranks, so each gives their number times its part of the mean.
+        return self.built.schedule.run(data.batches, scale=self.grid.data_size / max(data.targets, 1.0))
+
+    def learning_rate(self) -> float:
+        return self.plan.learning_rate(self.state.step)
+
+    def advance(self, data: StepData, update: Step) -> None:
+        self.before, now = self.state, self.state
+        self.state = dataclasses.replace(
+            now,
+            step=now.step + 1,
+            samples=now.samples + data.size,
+            updates=now.updates + update.applied,
+            bad_steps=0 if update.applied else now.bad_steps + 1,
+        )
+        if not update.applied:
+            self.reporter.warn(
+                f"step {self.state.step}: gradient norm {update.grad_norm}, the step is skipped "
+                f"({self.state.bad_steps} in a row, the run stops at {self.config.run.max_bad_steps})"
+            )
+
+    # -- what happens between steps ----------------------------------------------------------------------------------
+
+    def due(self, every: object) -> bool:
+        return self.plan.due(every, self.before.step, self.state.step)
+
+    def log(self, data: StepData, loss: torch.Tensor, update: Step, seconds: float) -> None:
+        self.reporter.step_done(data.size * self.config.data.seq_length, seconds, data.waited)
+        if not self.due(self.config.monitor.log_every) and self.state.step != self.plan.total_steps:
+            return
+        ours = self.grid.reads_loss
+        total = self.grid.total(loss.double() if ours else torch.zeros_like(loss, dtype=torch.float64))
+        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if ours else 0, device=self.grid.device)
+        self.reporter.log(
+            step=self.state.step,
+            tokens=self.state.samples * self.config.data.seq_length,
+            samples=self.state.samples,
+            loss=total.item() / max(data.targets, 1.0),
+            grad_norm=update.grad_norm,
+            learning_rate=self.plan.learning_rate(self.before.step),
+            batch_size=data.size,
+            batch_hash=f"{self.grid.total(digest).item() % 2**64:016x}",
+        )
+
+    def validate(self) -> None:
+        if self.validation is None:
+            return
+        self.built.train(False)
+        with self.reporter.pause():
+            result = self.validation.run(self.built.schedule)
+        best = self.state.best_loss is None or result.loss < self.state.best_loss
+        self.state = dataclasses.replace(
+            self.state,
+            best_loss=result.loss if best else self.state.best_loss,
+            best_step=self.state.step if best else self.state.best_step,
+            validations_since_best=0 if best else self.state.validations_since_best + 1,
+        )
+        self.reporter.validation(self.state.step, self.state.samples * self.config.data.seq_length, result)
+
+    def sample(self) -> None:
+        """A text by the model as it is, to TensorBoard; where one process has the whole model."""
+        if self.grid.layout.pipeline > 1:
+            return
+        self.built.train(False)
+        with self.reporter.pause():
+            text = runs.sample_text(self.config, self.built.stages[0].module, self.stream.manifests[0].tokenizer_path)
+        self.reporter.text(self.state.step, text)
+
+    def ending(self, data: StepData) -> str:
+        """Why the run ends after this step; empty while it goes on."""
+        state, patience = self.state, self.config.monitor.patience
+        if state.bad_steps >= self.config.run.max_bad_steps:
+            return "diverged"
+        if patience is not None and state.validations_since_best >= patience:
+            return "early-stop"
+        if state.step >= self.plan.total_steps:
+            return "finished"
+        return "stopped" if data.stop else ""
+
+    def save(self) -> None:
+        if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
+            self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
+        with self.reporter.pause():
+            started = time.perf_counter()
+            try:
+                checkpoint.save(self.folder, self.state, self.engine, self.grid, runs.about(self.grid))
+            except OSError as error:
+                raise UserError(self._disk_message(error)) from error
+            if self.grid.rank == 0:
+                keep = [self.state.best_step] if self.config.checkpoint.keep_best and self.state.best_step else []
+                checkpoint.prune(self.folder, self.config.checkpoint.keep_last, keep)
+        self.reporter.saved(self.state.step, time.perf_counter() - started)
+
+    def _disk_message(self, error: OSError) -> str:
+        steps = checkpoint.list_steps(self.folder)
+        last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
+        return (
+            f"the checkpoint of step {self.state.step} could not be written: {error}\n"
+            f"Nothing was lost of the checkpoints before ({last}). Free space and start again with\n"
+            f"  python -m pretrain train {self.folder}"
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        found = checkpoint.latest_everywhere(self.folder, self.grid, self.reporter.warn)
+        if found is not None:
+            checkpoint.load_engine(found, self.engine)
+            self.state = self.before = found.state
+        self.reporter.begin(self.state, self.plan.total_steps, self.built.compiled)
+
+
+def main(source: str, overrides: list[str]) -> int:
+    """`python -m pretrain train`: a config file or a run's folder. Returns the exit code."""
+    rank, world = rank_and_world()
+    config = runs.open_config(source, overrides, world)
+    layout = Layout.of(config.parallel, world)
+    interrupt = Interrupt.watch()
+    grid = start_grid(layout, config.parallel.timeout)
+    try:
+        runs.claim_folder(config, grid)
+        with Reporter(config, grid) as reporter:
+            run = Run(config, grid, reporter, interrupt)
+            run.resume()
+            reason = "finished" if run.state.step >= run.plan.total_steps else train(run)
+            reporter.end(run.state, reason)
+        return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)
+    finally:
+        stop_grid()
