@@ -1,0 +1,179 @@
+"""Read tokens of a source's chunks, each verified before its first token is handed out.
+
+A chunk's first use reads it whole: its tar header must be the one that `prepare` writes, byte for byte, its SHA-256 the
+sidecar's (whose own is the manifest's), its ids below the vocabulary. Later uses read the sequence alone, or find the
+chunk in a small cache. Nothing in a shard is parsed: a link, a sparse file, a compressed stream or a pickle is simply
+not the expected header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pretrain.data import shards as layout
+from pretrain.data.manifest import Manifest, Shard
+from pretrain.errors import UserError
+
+OPEN_FILES = 64
+CACHE_BYTES = 64 << 20
+TYPES = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"x": "a pax header",
+    b"g": "a pax header",
+    b"S": "a sparse file",
+}
+MEND = "Restore the file from where it was prepared, or prepare the data again."
+
+
+class _Open(NamedTuple):
+    file: int  # descriptor
+    hashes: bytes  # the sidecar
+
+
+class Chunks:
+    """The chunks of one source. Not safe for several threads at once; `close` when done."""
+
+    def __init__(self, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
+        self.manifest = manifest
+        self._stride = layout.padded((manifest.tokens_per_chunk + 1) * manifest.dtype.itemsize)
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._verified = bytearray(manifest.chunks)
+        self._cache: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
+        self._keep = max(1, cache_bytes // self._stride)
+        for number in range(len(manifest.shards)):
+            self._check_shard(number)
+
+    def tokens(self, chunk: int, first: int, count: int) -> np.ndarray[Any, Any]:
+        """`count` values of a chunk from `first` on, in the source's dtype (do not write into them)."""
+        if (held := self._cache.get(chunk)) is not None:
+            self._cache.move_to_end(chunk)
+            return held[first : first + count]
+        if not self._verified[chunk]:
+            return self._verify(chunk)[first : first + count]
+        itemsize = self.manifest.dtype.itemsize
+        number, index = self._place(chunk)
+        start = index * self._stride + layout.BLOCK + first * itemsize
+        data = self._read(number, chunk, start, count * itemsize)
+        return np.frombuffer(data, self.manifest.dtype)
+
+    def close(self) -> None:
+        """Close the open files."""
+        while self._open:
+            os.close(self._open.popitem()[1].file)
+
+    def shard_of(self, chunk: int) -> Shard:
+        """The shard that holds a chunk."""
+        return self.manifest.shards[self._place(chunk)[0]]
+
+    def _place(self, chunk: int) -> tuple[int, int]:
+        """(shard, the chunk's place in it)."""
+        number = int(np.searchsorted(self.manifest.first_chunks, chunk, side="right")) - 1
+        return number, chunk - int(self.manifest.first_chunks[number])
+
+    def _verify(self, chunk: int) -> np.ndarray[Any, Any]:
+        number, index = self._place(chunk)
+        size = layout.chunk_values(chunk, self.manifest) * self.manifest.dtype.itemsize
+        data = memoryview(self._read(number, chunk, index * self._stride, layout.BLOCK + size))
+        header, values = bytes(data[: layout.BLOCK]), data[layout.BLOCK :]
+        if header != layout.header(chunk, size):
+            self._refuse(number, chunk, _difference(header, chunk, size))
+        if hashlib.sha256(values).digest() != self._opened(number).hashes[32 * index : 32 * index + 32]:
+            self._refuse(number, chunk, "its bytes were altered: the SHA-256 is not the recorded one")
+        tokens = np.frombuffer(values, self.manifest.dtype)
+        if (largest := int(tokens.max())) >= self.manifest.vocab_size:
+            self._refuse(number, chunk, f"it holds the id {largest}, and the vocabulary has {self.manifest.vocab_size}")
+        self._verified[chunk] = 1
+        self._cache[chunk] = tokens
+        if len(self._cache) > self._keep:
+            self._cache.popitem(last=False)
+        return tokens
+
+    def _read(self, number: int, chunk: int, start: int, size: int) -> bytes:
+        """`size` bytes of a shard; what a short read left out is asked for again, until the file's end."""
+        file = self._opened(number).file
+        try:
+            data = os.pread(file, size, start)
+            while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
+                data += more
+        except OSError as error:
+            self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
+        if len(data) < size:
+            self._refuse(number, chunk, "the file was cut short")
+        return data
+
+    def _opened(self, number: int) -> _Open:
+        if (held := self._open.get(number)) is not None:
+            self._open.move_to_end(number)
+            return held
+        shard = self.manifest.shards[number]
+        self._check_shard(number)  # again: the file may have changed since the start
+        sidecar = self._open_file(shard.sidecar)
+        try:
+            hashes = os.pread(sidecar, 32 * shard.chunks, 0)
+        finally:
+            os.close(sidecar)
+        if hashlib.sha256(hashes).hexdigest() != shard.sidecar_sha256:
+            raise UserError(f"{self.manifest.folder / shard.sidecar} (the hashes of {shard.name}) was altered. {MEND}")
+        if len(self._open) == OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1].file)
+        self._open[number] = _Open(self._open_file(shard.name), hashes)
+        return self._open[number]
+
+    def _open_file(self, name: str) -> int:
+        try:
+            return os.open(self.manifest.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"Cannot open {self.manifest.folder / name}: {error.strerror}.") from error
+
+    def _check_file(self, name: str, size: int) -> None:
+        """A plain file of the recorded size, not a link to somewhere else."""
+        path = self.manifest.folder / name
+        try:
+            found = os.lstat(path)
+        except OSError as error:
+            raise UserError(f"{path} is missing or unreadable: {error.strerror}. {MEND}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a plain file (links are not followed). {MEND}")
+        if found.st_size != size:
+            what = "was cut short" if found.st_size < size else "is too long"
+            raise UserError(f"{path} {what}: it has {found.st_size:,} bytes, not {size:,}. {MEND}")
+
+    def _check_shard(self, number: int) -> None:
+        """The shard's file and its sidecar. A cut names the first chunk that is not whole."""
+        shard = self.manifest.shards[number]
+        try:
+            self._check_file(shard.name, shard.bytes)
+        except UserError as error:
+            path = self.manifest.folder / shard.name
+            whole = path.lstat().st_size // self._stride if path.is_file() else 0
+            if whole < shard.chunks:
+                raise UserError(f"Chunk {int(self.manifest.first_chunks[number]) + whole}: {error}") from error
+            raise
+        self._check_file(shard.sidecar, 32 * shard.chunks)
+
+    def _refuse(self, number: int, chunk: int, why: str) -> None:
+        path = self.manifest.folder / self.manifest.shards[number].name
+        raise UserError(f"{path}, chunk {chunk}: {why}. {MEND}")
+
+
+def _difference(header: bytes, chunk: int, size: int) -> str:
+    """Why a member's header is not the expected one, for the message. `header` is untrusted: nothing is done with it."""
+    name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+    if header.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh")):
+        return "the file is compressed, not a plain tar"
+    if header[257:262] != b"ustar":
+        return "there is no tar header where the chunk begins"
+    if header[156:157] in TYPES:
+        return f"the member is {TYPES[header[156:157]]}, not a plain file"
+    if name != f"{chunk:08d}.tok":
+        return f"the member is named {name!r}, not '{chunk:08d}.tok' (another shard's, or no array of tokens)"
+    if header[124:136] != layout.header(chunk, size)[124:136]:
+        return f"the member's size is not {size} bytes"
+    return "the member's header is not the one that was written"

@@ -1,0 +1,89 @@
+"""A folder that appears whole or not at all: written beside its place under a hidden name, then renamed.
+
+A run that was killed leaves the hidden folder behind. The next one recognises it as nobody's (its lock is free), says so
+and starts again; one that is still being written is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+LOCK = ".preparing"
+
+
+@contextmanager
+def whole_folder(out: str | Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """Gives a new folder to write into; on leaving without an exception it becomes `out`, else it is removed.
+
+    Raises UserError where `out` exists and is not an empty folder, another process is writing it, or the disk is full.
+    """
+    out = Path(os.path.realpath(out))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: name another, or remove it first.")
+    draft = out.parent / f".{out.name}.preparing"
+    lock = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftover(draft, out, say)
+        draft.mkdir()
+        lock = _lock(draft)
+        yield draft
+        (draft / LOCK).unlink()
+        _sync_tree(draft)
+        os.rename(draft, out)
+        _sync(out.parent)
+    except BaseException as error:
+        if lock is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"The disk that holds {out} is full: nothing was written. Free some space.") from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"{out} cannot be written: {error.strerror} ({error.filename}).") from error
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(draft: Path) -> int:
+    lock = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _clear_leftover(draft: Path, out: Path, say: Callable[[str], None]) -> None:
+    """Remove what an interrupted run left, and only that: a folder of this name with our lock file in it."""
+    if not draft.exists():
+        return
+    if not (draft / LOCK).is_file() and any(draft.iterdir()):
+        raise UserError(f"{draft} is in the way and not a leftover of this program: move it, then start again.")
+    if (draft / LOCK).is_file():
+        try:
+            os.close(_lock(draft))
+        except BlockingIOError as error:
+            raise UserError(f"Another process is preparing {out} right now.") from error
+    say(f"An earlier run that was to write {out} was interrupted; its leftover is removed and the work starts again.")
+    shutil.rmtree(draft)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))

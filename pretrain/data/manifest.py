@@ -1,0 +1,238 @@
+"""A source's manifest: what its shards hold, with counts and SHA-256 of everything.
+
+    FOLDER/manifest.json      canonical JSON; its SHA-256 is the source's fingerprint
+    FOLDER/tokenizer.model    the tokenizer of its ids
+    FOLDER/shard-00000.tar    chunks of tokens, see `pretrain.data.shards`
+    FOLDER/shard-00000.sha256 the SHA-256 of every chunk of that shard, 32 bytes each
+
+Everything read here may come from elsewhere: sizes are bounded before anything is parsed, every field is checked, and all
+that follows from other fields (names, sizes, chunk counts) must be what `prepare` would have written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data import shards as layout
+from pretrain.errors import UserError
+from pretrain.tokenizer import MAX_MODEL_BYTES, Tokenizer
+
+FORMAT = "pretrain tokens"
+VERSION = 1
+NAME = "manifest.json"
+TOKENIZER = "tokenizer.model"
+MAX_BYTES = 32 << 20  # ten trillion tokens are 37,000 shards: 13 MB
+MAX_SHARDS = 1 << 17
+MAX_TOKENS_PER_CHUNK = 1 << 24
+MAX_TOKENS = 1 << 56
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: `chunks` members; `tokens` counts each token of the source once (no look-ahead)."""
+
+    name: str
+    bytes: int
+    chunks: int
+    tokens: int
+    sha256: str
+    sidecar: str
+    sidecar_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A source of tokens in `folder`. `fingerprint` is the SHA-256 of the manifest file."""
+
+    folder: Path
+    fingerprint: str
+    dtype: np.dtype[Any]  # little-endian uint16 or uint32
+    tokens_per_chunk: int  # without the one look-ahead token
+    vocab_size: int
+    tokenizer_sha256: str
+    special: dict[str, int]
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def eos(self) -> int:
+        """The id after each document."""
+        return self.special["eos"]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / TOKENIZER
+
+    @property
+    def chunks(self) -> int:
+        return layout.num_chunks(self.tokens, self.tokens_per_chunk)
+
+    @cached_property
+    def first_chunks(self) -> np.ndarray[Any, Any]:
+        """(shards + 1,) int64: the number of each shard's first chunk, and the number of chunks."""
+        return np.cumsum([0, *(shard.chunks for shard in self.shards)], dtype=np.int64)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the shards."""
+        return Tokenizer.load(self.tokenizer_path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read and check a source's manifest and its tokenizer's hash. Raises UserError with what is wrong."""
+        folder = Path(folder)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", str(folder)) and not folder.exists():
+            raise UserError(f"{folder} is no local folder: shards are read from folders, never from commands or URLs.")
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder} with prepared shards: make it with `pretrain prepare`.")
+        raw = _read(folder / NAME)
+        try:
+            manifest = _checked(folder, raw)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{folder / NAME} is damaged or not a manifest: {error}. Prepare the data again."
+            ) from error
+        _check_tokenizer(manifest)
+        return manifest
+
+
+def canonical(value: Any) -> bytes:
+    """The one way of writing a value as JSON, so that equal values have equal hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"The index {path} is missing: this is no folder of prepared shards, or it is incomplete."
+        ) from error
+    except OSError as error:
+        raise UserError(f"Cannot read the index {path}: {error.strerror}.") from error
+    # Bounds before parsing: a manifest has one list and one object a shard, so depth and memory are bounded by counting.
+    if (
+        len(raw) > MAX_BYTES
+        or raw.count(b"[") > 1
+        or raw.count(b"{") > MAX_SHARDS + 3
+        or raw.count(b",") > 8 * (MAX_SHARDS + 9)
+    ):
+        raise UserError(f"{path} is not a manifest: it is larger than any manifest can be.")
+    return raw
+
+
+def _checked(folder: Path, raw: bytes) -> Manifest:
+    """The manifest of the bytes. Raises ValueError, KeyError or TypeError for whatever is not as it must be."""
+    value = json.loads(raw)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ValueError(f"it does not say that its format is {FORMAT!r}")
+    if value.get("version") != VERSION:
+        raise UserError(f"{folder / NAME} has version {value.get('version')}; this program reads version {VERSION}.")
+    if canonical(value) != raw:
+        raise ValueError("it was edited: it is not in canonical form")
+    tokenizer, special = value["tokenizer"], value["special"]
+    vocab_size = _integer(value, "vocab_size", 1, 1 << 31)
+    if set(tokenizer) != {"sha256"} or not all(isinstance(name, str) for name in special):
+        raise ValueError("tokenizer or special ids")
+    manifest = Manifest(
+        folder=folder,
+        fingerprint=hashlib.sha256(raw).hexdigest(),
+        dtype=layout.dtype_of(vocab_size),
+        tokens_per_chunk=_integer(value, "tokens_per_chunk", 1, MAX_TOKENS_PER_CHUNK),
+        vocab_size=vocab_size,
+        tokenizer_sha256=_hash(tokenizer, "sha256"),
+        special={name: _integer(special, name, 0, vocab_size - 1) for name in special},
+        documents=_integer(value, "documents", 1, MAX_TOKENS),
+        tokens=_integer(value, "tokens", 2, MAX_TOKENS),
+        text_bytes=_integer(value, "text_bytes", 0, MAX_TOKENS),
+        shards=tuple(_shard(item) for item in value["shards"]),
+    )
+    if "eos" not in manifest.special or describe(manifest) != value:
+        raise ValueError("its fields are not those of a manifest")
+    _check_shards(manifest)
+    return manifest
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as the JSON value that is written: the only place that knows its fields' names."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": manifest.dtype.name,
+        "packing": "concat",
+        "tokens_per_chunk": manifest.tokens_per_chunk,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": {"sha256": manifest.tokenizer_sha256},
+        "special": manifest.special,
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "text_bytes": manifest.text_bytes,
+        "chunks": manifest.chunks,
+        "shards": [vars(shard) for shard in manifest.shards],
+    }
+
+
+def _shard(item: dict[str, Any]) -> Shard:
+    return Shard(
+        name=item["name"],
+        bytes=_integer(item, "bytes", 1, MAX_TOKENS),
+        chunks=_integer(item, "chunks", 1, MAX_TOKENS),
+        tokens=_integer(item, "tokens", 1, MAX_TOKENS),
+        sha256=_hash(item, "sha256"),
+        sidecar=item["sidecar"],
+        sidecar_sha256=_hash(item, "sidecar_sha256"),
+    )
+
+
+def _check_shards(manifest: Manifest) -> None:
+    """Names, sizes and counts follow from the number of tokens; anything else is refused before a file is opened."""
+    first = 0
+    for number, shard in enumerate(manifest.shards):
+        if (shard.name, shard.sidecar) != (layout.shard_name(number), layout.sidecar_name(number)):
+            raise ValueError(f"shard {number} must be named {layout.shard_name(number)}, not {shard.name!r}")
+        last = min(first + shard.chunks, manifest.chunks)
+        tokens = layout.tokens_before(last, manifest) - layout.tokens_before(first, manifest)
+        members = layout.member_sizes(first, last, manifest)
+        if (shard.chunks, shard.tokens, shard.bytes) != (last - first, tokens, layout.shard_bytes(members)):
+            raise ValueError(f"the counts of {shard.name} do not add up")
+        first = last
+    if first != manifest.chunks:
+        raise ValueError(f"its shards hold {first} chunks of {manifest.chunks}")
+
+
+def _integer(value: dict[str, Any], name: str, low: int, high: int) -> int:
+    number = value[name]
+    if type(number) is not int or not low <= number <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}")
+    return number
+
+
+def _hash(value: dict[str, Any], name: str) -> str:
+    text = value[name]
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError(f"{name} must be a SHA-256")
+    return text
+
+
+def _check_tokenizer(manifest: Manifest) -> None:
+    path = manifest.tokenizer_path
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.sha256(file.read(MAX_MODEL_BYTES)).hexdigest()
+    except OSError as error:
+        raise UserError(f"The tokenizer {path} is missing or unreadable: {error.strerror}.") from error
+    if found != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{path} is not the tokenizer of these shards (SHA-256 {found[:12]}, expected "
+            f"{manifest.tokenizer_sha256[:12]}): put back the one that prepare wrote, or prepare the data again."
+        )

@@ -1,0 +1,264 @@
+"""`python -m pretrain prepare`: text in, shards of tokens, manifests and a tokenizer out.
+
+    OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, tokenizer.model
+    OUT/report.json                   what was read, skipped and why
+
+Two passes over the text: one draws the tokenizer's sample (from training documents only), one encodes. A document goes to
+validation by the hash of its text, so copies stay on one side and the split is stable when the corpus grows. The
+bytes written depend on the text, the options and the seed; not on the number of processes, the clock or the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pretrain.data import manifest as manifests
+from pretrain.data.documents import Document, Skipped, TextFile, read_documents, stdlib_corpus, text_files
+from pretrain.data.encode import Encoder
+from pretrain.data.folder import whole_folder
+from pretrain.data.progress import Progress, print_report
+from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
+from pretrain.errors import UserError
+from pretrain.tokenizer import Tokenizer, VocabularyTooLarge, train_tokenizer
+
+VOCAB_SIZE = 8192
+VALIDATION = 0.01
+MAX_TRAIN_BYTES = 32 << 20
+PARTS = ("train", "validation")
+
+
+@dataclass
+class Part:
+    """Counts of one part of the split."""
+
+    documents: int = 0
+    tokens: int = 0  # document ends included
+    text_bytes: int = 0
+
+
+@dataclass
+class Report:
+    """What prepare did; `parts` by name, documents skipped by reason, names of documents that do not decode to themselves."""
+
+    vocab_size: int
+    tokenizer_sha256: str
+    parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    altered: int = 0
+    altered_examples: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes that are written, but for the text. None: chosen by the size of the corpus."""
+
+    vocab_size: int | None = None  # of the tokenizer to train
+    tokenizer: str | Path | None = None  # a .model to take instead
+    model_type: str = "bpe"
+    user_symbols: tuple[str, ...] = ()
+    validation: float | None = None  # share of the documents
+    split: str = "file"
+    text_field: str = "text"
+    tokens_per_chunk: int | None = None
+    chunks_per_shard: int = CHUNKS_PER_SHARD
+    strict: bool = False
+    max_train_bytes: int = MAX_TRAIN_BYTES
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UserError with every option that cannot be."""
+        wrong = []
+        if self.vocab_size is not None and self.tokenizer is not None:
+            wrong.append("give --vocab-size (to train a tokenizer) or --tokenizer (to take one), not both")
+        if self.validation is not None and not 0 <= self.validation < 1:
+            wrong.append(f"--validation is a share from 0 to below 1, not {self.validation}")
+        if self.tokens_per_chunk is not None and not 1 <= self.tokens_per_chunk <= manifests.MAX_TOKENS_PER_CHUNK:
+            wrong.append(
+                f"--tokens-per-chunk must be 1 to {manifests.MAX_TOKENS_PER_CHUNK:,}, not {self.tokens_per_chunk}"
+            )
+        if self.chunks_per_shard < 1:
+            wrong.append("a shard must hold at least one chunk")
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+
+def main(args: Any) -> None:
+    """The command. `args` has the attributes texts, stdlib, out, processes and those of `Options`."""
+    options = Options(
+        **{
+            name: getattr(args, name)
+            for name in Options.__dataclass_fields__
+            if getattr(args, name, None) is not None and name != "user_symbols"
+        },
+        user_symbols=tuple(getattr(args, "user_symbols", None) or ()),
+    )
+    report = prepare(args.texts or [], args.out, options, args.stdlib, args.processes)
+    print_report(report, args.out)
+
+
+def prepare(
+    texts: Sequence[str | Path],
+    out: str | Path,
+    options: Options | None = None,
+    stdlib: bool = False,
+    processes: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Report:
+    """Prepare `texts` (files, folders, "-" for standard input) and, with `stdlib`, Python's own sources, into `out`.
+
+    processes: that encode (default: one a core). say: takes lines about the progress (default: standard error).
+    Raises UserError for a user's mistake; then, and when interrupted, `out` is as it was.
+    """
+    options = options or Options()
+    options.check()
+    processes = processes if processes is not None else len(os.sched_getaffinity(0))
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}.")
+    if not texts and not stdlib:
+        raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    with whole_folder(out, say) as draft:
+        files = [*_files(texts, draft), *(stdlib_corpus() if stdlib else ())]
+        tokenizer = _tokenizer(files, options, say)
+        return _write(draft, files, tokenizer, options, processes, say)
+
+
+def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
+    """The files to read; standard input is kept in a file, since it is read twice."""
+    files: list[TextFile] = []
+    for text in texts:
+        if str(text) != "-":
+            files += text_files([text])
+            continue
+        with open(draft / "stdin", "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        files.append(TextFile(draft / "stdin", "standard input"))
+    if texts and not files:
+        raise UserError("The folders hold no text files: name the files themselves if their suffixes are unusual.")
+    return files
+
+
+def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str], None]) -> Tokenizer:
+    """The given tokenizer, or one trained on a sample of the training documents."""
+    if options.tokenizer is not None:
+        return Tokenizer.load(options.tokenizer)
+    say("Reading the text to train a tokenizer")
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(files, options.split, options.text_field, Skipped(options.strict)):
+            if not _is_validation(document, options):
+                yield document.text
+
+    arguments = (options.model_type, options.user_symbols, None, options.max_train_bytes, options.seed)
+    if options.vocab_size is not None:
+        return train_tokenizer(texts(), options.vocab_size, *arguments)
+    try:
+        return train_tokenizer(texts(), VOCAB_SIZE, *arguments)
+    except VocabularyTooLarge as error:
+        say(f"The text is small: its vocabulary is {error.largest} in place of {VOCAB_SIZE}")
+        return train_tokenizer(texts(), error.largest, *arguments)
+
+
+def _is_validation(document: Document, options: Options) -> bool:
+    share = VALIDATION if options.validation is None else options.validation
+    mark = xxhash.xxh64_intdigest(document.text.encode(), seed=(options.seed + 0x5EED) % 2**64)
+    return mark < share * 2**64
+
+
+def _write(
+    draft: Path,
+    files: Sequence[TextFile],
+    tokenizer: Tokenizer,
+    options: Options,
+    processes: int,
+    say: Callable[[str], None],
+) -> Report:
+    report = Report(tokenizer.vocab_size, tokenizer.sha256)
+    skipped = Skipped(options.strict, report.skipped, report.examples)
+    documents = read_documents(files, options.split, options.text_field, skipped)
+    dtype = dtype_of(tokenizer.vocab_size)
+    writers = {
+        name: ShardWriter(draft / name, dtype, options.tokens_per_chunk, options.chunks_per_shard) for name in PARTS
+    }
+    encoder = Encoder(tokenizer, processes)
+    try:
+        with Progress(files, say) as progress:
+            for batch, encoded in encoder(documents):
+                starts = np.cumsum([0, *encoded.lengths])
+                for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
+                    name = PARTS[_is_validation(document, options)]
+                    writers[name].add(encoded.tokens[start : start + length])
+                    _count(report.parts[name], document, length)
+                    progress.add(document, length)
+                report.altered += len(encoded.altered)
+                report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
+    finally:
+        encoder.close()
+    _finish(draft, report, tokenizer, writers, options)
+    return report
+
+
+def _count(part: Part, document: Document, tokens: int) -> None:
+    part.documents += 1
+    part.tokens += tokens
+    part.text_bytes += len(document.text.encode())
+
+
+def _finish(
+    draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter], options: Options
+) -> None:
+    """Write the manifests, once everything is written that they speak of."""
+    train, validation = (report.parts[name] for name in PARTS)
+    if not train.documents and not validation.documents:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        raise UserError(f"The corpus is empty: no document could be read{f' ({reasons})' if reasons else ''}.")
+    if not train.documents or (options.validation and not validation.documents):
+        raise UserError(
+            f"Of {train.documents + validation.documents} documents none fell to "
+            f"{PARTS[bool(train.documents)]}: split the text into more documents (--split blank-line), or change "
+            "--validation (0 leaves it out)."
+        )
+    for name, writer in writers.items():
+        if report.parts[name].documents:
+            _finish_part(draft / name, report.parts[name], tokenizer, writer)
+        else:
+            (draft / name).rmdir()
+    (draft / "stdin").unlink(missing_ok=True)
+    (draft / "report.json").write_bytes(manifests.canonical(asdict(report)))
+
+
+def _finish_part(folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter) -> None:
+    shards = writer.finish()
+    (folder / manifests.TOKENIZER).write_bytes(tokenizer.model)
+    manifest = manifests.Manifest(
+        folder=folder,
+        fingerprint="",
+        dtype=writer.dtype,
+        tokens_per_chunk=writer.tokens_per_chunk,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        special=tokenizer.special,
+        documents=part.documents,
+        tokens=part.tokens,
+        text_bytes=part.text_bytes,
+        shards=(),
+    )
+    first, entries = 0, []
+    for shard in shards:
+        last = first + shard["chunks"]
+        tokens = tokens_before(last, manifest) - tokens_before(first, manifest)
+        entries.append({**shard, "tokens": tokens})
+        first = last
+    value = {**manifests.describe(manifest), "shards": entries}
+    (folder / manifests.NAME).write_bytes(manifests.canonical(value))
+    manifests.Manifest.load(folder)  # what was written is what will be accepted

@@ -1,0 +1,80 @@
+"""What prepare shows: a bar on a terminal, plain lines elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.data.documents import Document, TextFile
+
+if TYPE_CHECKING:
+    from pretrain.data.prepare import Report
+
+SECONDS_A_LINE = 10.0
+
+
+class Progress:
+    """Counts encoded documents. Of compressed files the total is unknown, and the bar says so."""
+
+    def __init__(self, files: Sequence[TextFile], say: Callable[[str], None]) -> None:
+        whole = not any(file.is_compressed or file.is_json_lines for file in files)
+        self.total = sum(file.path.stat().st_size for file in files if file.path.exists()) if whole else None
+        self.say = say
+        self.bytes = self.tokens = 0
+        self.start = self.said = time.monotonic()
+        self.bar: bars.Progress | None = None
+        if sys.stderr.isatty():
+            columns = (bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+            self.bar = bars.Progress("Tokenizing", *columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("", total=self.total)
+
+    def add(self, document: Document, tokens: int) -> None:
+        """One document is encoded."""
+        size = len(document.text.encode())
+        self.bytes += size
+        self.tokens += tokens
+        if self.bar is not None:
+            self.bar.advance(self.task, size)
+        elif time.monotonic() - self.said >= SECONDS_A_LINE:
+            self.said = time.monotonic()
+            of = f" of {self.total / 1e6:.0f}" if self.total else ""
+            rate = self.bytes / 1e6 / (self.said - self.start)
+            self.say(f"Tokenizing: {self.bytes / 1e6:.0f}{of} MB, {self.tokens:,} tokens, {rate:.1f} MB/s")
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def print_report(report: Report, out: str | Path) -> None:
+    """The table at the end, and what was skipped."""
+    console = Console()
+    table = Table("", *("documents", "tokens", "bytes", "bytes per token"), title=str(out))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, part in report.parts.items():
+        if part.documents:
+            ratio = f"{part.text_bytes / part.tokens:.2f}"
+            table.add_row(name, f"{part.documents:,}", f"{part.tokens:,}", f"{part.text_bytes:,}", ratio)
+    console.print(table)
+    console.print(f"Vocabulary {report.vocab_size:,}. Skipped: {sum(report.skipped.values()):,}.", highlight=False)
+    for reason, count in sorted(report.skipped.items()):
+        console.print(f"  {count:,} {reason}, such as {report.examples[reason][0]}", highlight=False, markup=False)
+    if report.altered:
+        console.print(
+            f"{report.altered:,} documents do not decode to themselves, such as {report.altered_examples[0]}",
+            highlight=False,
+            markup=False,
+        )

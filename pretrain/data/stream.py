@@ -1,0 +1,181 @@
+"""Sequences of tokens by sample number: the whole state of reading is how many samples were consumed.
+
+A global batch is the sample numbers n0 .. n0 + B - 1. Sorted by lane, each rank takes its equal slice, so what a batch
+holds never depends on the number of ranks, and a rank keeps to its own chunks. A source's chunk of C tokens gives C / T
+sequences of T tokens, each with its last target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pretrain.data.chunks import Chunks
+from pretrain.data.manifest import Manifest, canonical
+from pretrain.data.order import PERIOD, VERSION, Order, Sequential, Source, rank_numbers
+from pretrain.data.prefetch import Prefetch, prefetch
+from pretrain.errors import UserError
+
+__all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Stream:
+    """Samples of one or more folders of shards.
+
+    seq_length: T, the tokens of a sequence (one more is read: the last target). seed, lanes, window: of the order, see
+    `pretrain.data.order`. shuffle=False: samples in the order in which they lie. weights: of several folders (default:
+    by their sizes). Raises UserError for whatever is wrong with the folders, before a token is read.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        seq_length: int,
+        seed: int,
+        lanes: int = 256,
+        window: int = 16,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if not folders:
+            raise UserError("There is no folder of shards to read.")
+        self.manifests = [Manifest.load(folder) for folder in folders]
+        _check_same_tokenizer(self.manifests)
+        self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
+        sources = [_source(manifest, seq_length) for manifest in self.manifests]
+        try:
+            self.order = Order(sources, seed, weights, lanes, window) if shuffle else Sequential(sources)
+        except ValueError as error:
+            raise UserError(f"The data's order cannot be made: {error}.") from error
+        self.recipe = {
+            "order": VERSION,
+            "period": PERIOD,
+            "manifests": [manifest.fingerprint for manifest in self.manifests],
+            "weights": getattr(self.order, "weights", None),
+            "seq_length": seq_length,
+            "seed": seed,
+            "lanes": lanes,
+            "window": window,
+            "shuffle": shuffle,
+        }
+        self._chunks = [Chunks(manifest) for manifest in self.manifests]
+        self._lock = threading.Lock()
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Sequences of all folders together."""
+        return self.order.samples_per_epoch
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifests[0].vocab_size
+
+    @property
+    def eos(self) -> int:
+        """The id that ends a document."""
+        return self.manifests[0].eos
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the recipe: everything that decides which tokens a sample number has."""
+        return hashlib.sha256(canonical(self.recipe)).hexdigest()
+
+    def read(self, numbers: Integers) -> Integers:
+        """Tokens of sample numbers (B,): (B, seq_length + 1) int64. Raises UserError naming a bad shard and chunk."""
+        sources, samples = self.order.locate(numbers)
+        out = np.empty((len(samples), self.seq_length + 1), np.int64)
+        with self._lock:
+            for row, source, sample in zip(out, sources.tolist(), samples.tolist(), strict=True):
+                chunk, place = self._place(source, sample)
+                row[:] = self._chunks[source].tokens(chunk, place, self.seq_length + 1)
+        return out
+
+    def _place(self, source: int, sample: int) -> tuple[int, int]:
+        """(chunk, first token in it) of a source's sample."""
+        chunk, index = divmod(sample, self.manifests[source].tokens_per_chunk // self.seq_length)
+        return chunk, index * self.seq_length
+
+    def explain(self, number: int) -> dict[str, Any]:
+        """Where a sample number's tokens are from, and its text by document."""
+        sources, samples = self.order.locate(np.array([number], np.int64))
+        source, sample = int(sources[0]), int(samples[0])
+        chunk, place = self._place(source, sample)
+        tokens = self.read(np.array([number], np.int64))[0, :-1]
+        tokenizer = self.manifests[source].tokenizer()
+        return {
+            "number": number,
+            "epoch": number // self.samples_per_epoch if len(self.manifests) == 1 else None,
+            "source": str(self.manifests[source].folder),
+            "sample": sample,
+            "shard": self._chunks[source].shard_of(chunk).name,
+            "chunk": chunk,
+            "first_token": place,
+            "documents": [tokenizer.decode(part.tolist()) for part in _split(tokens, self.eos)],
+        }
+
+    def close(self) -> None:
+        """Close the open files."""
+        with self._lock:
+            for chunks in self._chunks:
+                chunks.close()
+
+
+def batch_hash(numbers: Integers, tokens: Integers) -> int:
+    """Sum, wrapping in int64, of a hash of each (sample number, its tokens).
+
+    The sum over ranks (an int64 all-reduce) is the global batch's hash, whatever the ranks and their order. numbers (B,),
+    tokens (B, T + 1).
+    """
+    rows = np.ascontiguousarray(tokens, "<u4")
+    total = sum(
+        xxhash.xxh64_intdigest(row.data, seed=number % 2**64)
+        for number, row in zip(numbers.tolist(), rows, strict=True)
+    )
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def _source(manifest: Manifest, seq_length: int) -> Source:
+    """Samples of a source. Refuses a sequence length that does not fit, naming the nearest that do."""
+    size, targets = manifest.tokens_per_chunk, manifest.tokens - 1
+    if seq_length < 1:
+        raise UserError(f"The sequence length must be at least 1, not {seq_length}.")
+    if seq_length > targets:
+        raise UserError(
+            f"A sequence of {seq_length} tokens is longer than the data: {manifest.folder} has {manifest.tokens:,} tokens."
+        )
+    if size % seq_length:
+        divisors = [length for length in range(1, size + 1) if size % length == 0]
+        near = [
+            max((d for d in divisors if d < seq_length), default=None),
+            min((d for d in divisors if d > seq_length), default=None),
+        ]
+        raise UserError(
+            f"The sequence length {seq_length} does not divide the {size:,} tokens of a chunk in {manifest.folder}: the "
+            f"nearest that do are {' and '.join(str(d) for d in near if d)}; or prepare the data again with "
+            f"--tokens-per-chunk a multiple of {seq_length}."
+        )
+    full, rest = divmod(targets, size)
+    return Source(full * (size // seq_length) + rest // seq_length, size // seq_length)
+
+
+def _check_same_tokenizer(manifests: list[Manifest]) -> None:
+    for manifest in manifests[1:]:
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+            raise UserError(
+                f"{manifest.folder} was prepared with another tokenizer than {manifests[0].folder}: prepare one of "
+                f"them again with --tokenizer {manifests[0].tokenizer_path}."
+            )
+
+
+def _split(tokens: Integers, eos: int) -> list[Integers]:
+    """The tokens cut after each document's end."""
+    ends = np.flatnonzero(tokens == eos) + 1
+    return [part for part in np.split(tokens, ends) if part.size]

@@ -1,0 +1,33 @@
+"""Causal language modelling: each position predicts the next token (Radford et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import noise
+from pretrain.objectives.batch import Batch
+
+
+class CausalConfig(Protocol):
+    """What the objective needs of its configuration."""
+
+    @property
+    def loss_across_documents(self) -> bool:
+        """Whether the first token of a document counts in the loss (predicted from the end of the one before)."""
+
+
+class Causal:
+    """Makes a micro-batch of sample numbers and their tokens; a pure function of them, the seed and the configuration."""
+
+    def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
+        self.across_documents = config.loss_across_documents
+        self.eos, self.seed = eos, seed
+
+    def __call__(self, numbers: Tensor, tokens: Tensor) -> Batch:
+        """numbers (B,) int64; tokens (B, S + 1) int64. Inputs are the first S, targets the last S of each row."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        counted = torch.ones_like(inputs, dtype=torch.bool) if self.across_documents else inputs != self.eos
+        return Batch(inputs, targets, counted.to(torch.float32), noise.sample_keys(self.seed, numbers))
