@@ -56,14 +56,27 @@ def sample_keys(seed: int, numbers: Tensor) -> Tensor:
     return mix(mix(wrap(low) ^ _i32(key(seed, "sample"))) + mix(wrap(high) ^ _i32(0x9E3779B9)))
 
 
+def split_keys(keys: Tensor, first: int, count: int) -> Tensor:
+    """(B * count,) int32 keys of the parts `first : first + count` (attention's heads) of each of keys (B,).
+
+    A part's key depends on its number alone, so a mask is the same however the parts are shared out.
+    """
+    parts = torch.arange(first, first + count, dtype=torch.int32, device=keys.device)
+    return mix(keys[:, None] ^ mix(parts ^ _i32(0x9E3779B9))[None, :]).reshape(-1)
+
+
 def keep_mask(keys: Tensor, site: int, rows: Tensor, columns: Tensor, rate: float) -> Tensor:
     """Boolean mask, True with probability 1 - rate.
 
     keys (B,) int32 from `sample_keys`; site: which dropout of the model (unique within it); rows (R,) and columns (C,) int
     places in the unsharded activation. Returns (B, R, C).
     """
-    row_keys = mix(mix(keys + _i32(site * 0x9E3779B9))[:, None] + rows.to(torch.int32)[None, :])
-    bits = mix_fast(row_keys[:, :, None] ^ (columns.to(torch.int32) * _i32(0x85EBCA6B))[None, None, :])
+    # Places enter by exclusive or, never as place * constant: inductor's C++ would do that in a loop counter, where signed
+    # overflow is undefined, and GCC then drops the loop's end.
+    site_keys = mix(keys ^ _i32(site * 0x9E3779B9))
+    row_keys = mix(site_keys[:, None] ^ rows.to(torch.int32)[None, :])
+    column_keys = (columns.to(torch.int32) ^ _i32(0xC2B2AE35)) * _i32(0x85EBCA6B)
+    bits = mix_fast(row_keys[:, :, None] ^ column_keys[None, None, :])
     return bits >= math.floor(rate * 2**32) - 2**31
 
 

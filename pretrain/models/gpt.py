@@ -1,0 +1,177 @@
+"""GPT: a causal language model (Radford et al. 2019; Brown et al. 2020), whole or the layers of one pipeline stage.
+
+ids -> embedding (+ positions) -> dropout -> blocks -> norm -> logits over the vocabulary -> cross-entropy, summed over the
+targets. Weights' type is the type of the residual stream; norms, softmax and the loss are float32 inside.
+
+Shapes: B batch, S sequence, s this rank's slice of it (= S without sequence parallelism), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.rotary import rotary_angles
+from parallel.layers import Parts
+from pretrain.config.model import ModelConfig
+from pretrain.models.blocks import (
+    EMBEDDING_SITE,
+    Block,
+    Cache,
+    Context,
+    Recompute,
+    Table,
+    drop,
+    local_slopes,
+    sinusoids,
+)
+
+
+class GPT(nn.Module):
+    """Holds `layers` (global numbers), the embeddings if `first`, the final norm and the head if `last`.
+
+    A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parts: Parts,
+        vocab_size: int,
+        seq_length: int,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.config, self.parts = config, parts
+        self.is_first, self.is_last = first, last
+        self.max_length = max(seq_length, config.max_positions or 0)
+        hidden, scale = config.hidden_size, config.initial_scale
+        if first or (last and config.tie_embeddings):
+            self.embedding = parts.embedding(vocab_size, hidden, scale)
+        if first and config.positions == "learned":
+            self.positions = parts.table(self.max_length, hidden, scale)
+        if first and config.positions == "sinusoidal":
+            self.waves = Table(sinusoids(self.max_length, hidden))
+        if config.positions == "rope":
+            places = torch.arange(self.max_length)
+            cos, sin = rotary_angles(places, config.size_of_head, config.rope_base, config.rope_scaling)
+            self.angles = Table(torch.stack((cos, sin)))  # (2, S, D/2)
+        if config.positions == "alibi":
+            self.slopes = Table(local_slopes(config.num_heads, parts))
+        numbers = range(config.num_layers) if layers is None else layers
+        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i) for i in numbers})
+        if last:
+            if config.norm_position == "pre":
+                self.norm = parts.norm(config.norm, hidden, config.norm_epsilon, config.biases)
+            self.head = parts.head(hidden, vocab_size, scale)
+            if config.tie_embeddings:
+                self.head.tie(self.embedding.weight)
+        self.recompute = recompute
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass makes again: nothing, each layer's attention ("selective"), or each layer ("full")."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute) -> None:
+        if value not in ("none", "selective", "full"):
+            raise ValueError(f"recompute is none, selective or full, found {value!r}")
+        self._recompute: Recompute = value
+        for block in self.blocks.values():
+            block.attention.recompute = value == "selective"
+
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """This stage's copy of the first stage's embedding, whose gradient the two must sum."""
+        copied = self.is_last and not self.is_first and self.config.tie_embeddings
+        return self.embedding.weight if copied else None
+
+    def forward(
+        self,
+        inputs: Tensor | None,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        sample_keys: Tensor | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """inputs and targets (B, S) ids, mask (B, S), sample_keys (B,), hidden (B, s, H) from the stage before.
+
+        Returns hidden (B, s, H), or on the last stage the cross-entropy summed over the targets, a float32 scalar.
+        """
+        length = self._length(inputs, targets, hidden)
+        x = self._embed(inputs, sample_keys) if self.is_first else hidden
+        assert x is not None, "a stage that is not the first takes `hidden`"
+        context = self._context(length, sample_keys)
+        for block in self.blocks.values():
+            if self._recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context)
+        if not self.is_last:
+            return x
+        assert targets is not None and mask is not None, "the last stage takes targets and mask"
+        return self.head.loss(self._final(x), targets, mask)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor, caches: dict[str, Cache] | None = None, first: int = 0) -> Tensor:
+        """(B, S, V) float32 of inputs (B, S), which stand at places first : first + S; those before are in `caches`."""
+        if not (self.is_first and self.is_last):
+            raise ValueError("logits need the whole model on one stage")
+        if first and caches is None:
+            raise ValueError(f"the positions before {first} are missing: pass the caches that hold them")
+        x = self._embed(inputs, None, first)
+        context = self._context(inputs.shape[1], None, first)
+        for name, block in self.blocks.items():
+            x = block(x, context, None if caches is None else caches[name])
+        return self.head.logits(self._final(x))
+
+    def make_caches(self, batch: int, length: int) -> dict[str, Cache]:
+        """Empty caches for `batch` sequences of up to `length` positions, one a layer."""
+        caches = {}
+        for name, block in self.blocks.items():
+            attention = block.attention
+            caches[name] = Cache(batch, length, attention.groups, attention.size, attention.qkv.weight)
+        return caches
+
+    def _length(self, inputs: Tensor | None, targets: Tensor | None, hidden: Tensor | None) -> int:
+        """S of the whole sequence."""
+        known = inputs if inputs is not None else targets
+        if known is not None:
+            return known.shape[1]
+        assert hidden is not None
+        slices = self.parts.axis.size if self.parts.axis.sequence else 1
+        return hidden.shape[1] * slices
+
+    def _embed(self, inputs: Tensor | None, sample_keys: Tensor | None, first: int = 0) -> Tensor:
+        assert inputs is not None, "the first stage takes `inputs`"
+        last = self._check_length(first, inputs.shape[1])
+        x = self.embedding(inputs)
+        if self.config.positions == "learned":
+            x = x + self.parts.scatter(self.positions[None, first:last])
+        if self.config.positions == "sinusoidal":
+            x = x + self.parts.scatter(self.waves.values[None, first:last]).to(x.dtype)
+        rate = self.config.embedding_dropout_rate if self.training else 0.0
+        return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
+
+    def _context(self, length: int, sample_keys: Tensor | None, first: int = 0) -> Context:
+        cos, sin, slopes = None, None, None
+        if self.config.positions == "rope":
+            cos, sin = self.angles.values[:, first : self._check_length(first, length)]
+        if self.config.positions == "alibi":
+            slopes = self.slopes.values
+        return Context(sample_keys, cos, sin, slopes, first)
+
+    def _check_length(self, first: int, length: int) -> int:
+        """The place after the last position; ValueError if the tables of positions do not reach it."""
+        last = first + length
+        if last > self.max_length and self.config.positions in ("learned", "sinusoidal", "rope"):
+            raise ValueError(f"{last} positions asked for, but the model was made for {self.max_length}")
+        return last
+
+    def _final(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.config.norm_position == "pre" else x
