@@ -1,8 +1,8 @@
 """Text to token ids and back, over SentencePiece; and the training of a tokenizer on a bounded sample of a corpus.
 
-Trained here, a tokenizer is lossless: byte fallback, no normalisation, no added spaces, so `decode(encode(text)) == text`
-but for text that holds U+2581, SentencePiece's own mark for a space. Newline and tab are pieces of their own and runs of
-spaces may be pieces: on source code that is 30% fewer tokens than SentencePiece's defaults.
+Trained here, a tokenizer is lossless: byte fallback, no normalisation, no added spaces, so `decode(encode(text)) ==
+text` but for text that holds U+2581, SentencePiece's own mark for a space. Newline and tab are pieces of their own and
+runs of spaces may be pieces: on source code that is 30% fewer tokens than SentencePiece's defaults.
 
 No text can produce a control id, so a document's end stays where `prepare` put it.
 """

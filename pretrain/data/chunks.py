@@ -164,7 +164,7 @@ class Chunks:
 
 
 def _difference(header: bytes, chunk: int, size: int) -> str:
-    """Why a member's header is not the expected one, for the message. `header` is untrusted: nothing is done with it."""
+    """Why a member's header is not the expected one: words for the message, the only use of these untrusted bytes."""
     name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
     if header.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh")):
         return "the file is compressed, not a plain tar"

@@ -6,7 +6,7 @@ import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -19,7 +19,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     """A buffered binary stream of the file's text. Reading raises one of DAMAGED where the compression is broken."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if suffix == ".zst":
         return io.BufferedReader(_ZstandardFile(path), 1 << 18)
     return open(path, "rb")
@@ -29,7 +29,7 @@ class _ZstandardFile(io.RawIOBase):
     """zstandard's own reader takes a file cut inside a frame for a complete one; this one raises EOFError."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")
+        self._file = path.open("rb")
         self._frame = self._new_frame()
         self._inside = False
         self._compressed = self._text = b""

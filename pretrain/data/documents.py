@@ -1,8 +1,9 @@
 """Documents of a corpus: one after the other, from text files, folders, JSON lines or standard input.
 
-Read twice (once to train the tokenizer, once to encode), so nothing here keeps more than one document in memory. The order
-is the order in which sources were named and, inside a folder, that of the sorted relative paths: the same on every machine.
-What cannot be read as text is skipped and counted with its reason in `Skipped`, or raises UserError when strict.
+Read twice (once to train the tokenizer, once to encode), so nothing here keeps more than one document in memory. The
+order is the order in which sources were named and, inside a folder, that of the sorted relative paths: the same on
+every machine. What cannot be read as text is skipped and counted with its reason in `Skipped`, or raises UserError when
+strict.
 """
 
 from __future__ import annotations

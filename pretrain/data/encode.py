@@ -1,13 +1,14 @@
 """Documents to token ids with several processes, in order and with bounded memory.
 
-Documents travel in batches of about a mebibyte of text; at most two batches a process are on their way, so the reader never
-runs ahead of the workers. What comes out does not depend on the number of processes.
+Documents travel in batches of about a mebibyte of text; at most two batches a process are on their way, so the reader
+never runs ahead of the workers. What comes out does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -103,7 +104,9 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _start(model: bytes, parent: int) -> None:
-    """A worker's start: its tokenizer, and a watch that ends it when the main process was killed."""
+    """A worker's start: its tokenizer, and a watch that ends it when the main process was killed. Ctrl-C is the main
+    process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.append(Tokenizer(model))
 
     def watch() -> None:

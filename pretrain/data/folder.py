@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all: written beside its place under a hidden name, then renamed.
 
-A run that was killed leaves the hidden folder behind. The next one recognises it as nobody's (its lock is free), says so
-and starts again; one that is still being written is left alone.
+A run that was killed leaves the hidden folder behind. The next one recognises it as nobody's (its lock is free), says
+so and starts again; one that is still being written is left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +20,10 @@ LOCK = ".preparing"
 
 
 @contextmanager
-def whole_folder(out: str | Path, say: Callable[[str], None]) -> Iterator[Path]:
+def whole_folder(out: str | Path, contents: Sequence[str], say: Callable[[str], None]) -> Iterator[Path]:
     """Gives a new folder to write into; on leaving without an exception it becomes `out`, else it is removed.
+
+    contents: the names that may be written at its top, by which a killed run's leftover is known to be ours.
 
     Raises UserError where `out` exists and is not an empty folder, another process is writing it, or the disk is full.
     """
@@ -32,7 +34,7 @@ def whole_folder(out: str | Path, say: Callable[[str], None]) -> Iterator[Path]:
     lock = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftover(draft, out, say)
+        _clear_leftover(draft, out, contents, say)
         draft.mkdir()
         lock = _lock(draft)
         yield draft
@@ -59,11 +61,11 @@ def _lock(draft: Path) -> int:
     return lock
 
 
-def _clear_leftover(draft: Path, out: Path, say: Callable[[str], None]) -> None:
-    """Remove what an interrupted run left, and only that: a folder of this name with our lock file in it."""
-    if not draft.exists():
+def _clear_leftover(draft: Path, out: Path, contents: Sequence[str], say: Callable[[str], None]) -> None:
+    """Remove what an interrupted run left, and only that: a folder of this name that holds our names alone."""
+    if not os.path.lexists(draft):
         return
-    if not (draft / LOCK).is_file() and any(draft.iterdir()):
+    if draft.is_symlink() or not draft.is_dir() or not set(os.listdir(draft)) <= {LOCK, *contents}:
         raise UserError(f"{draft} is in the way and not a leftover of this program: move it, then start again.")
     if (draft / LOCK).is_file():
         try:

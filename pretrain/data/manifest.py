@@ -5,8 +5,8 @@
     FOLDER/shard-00000.tar    chunks of tokens, see `pretrain.data.shards`
     FOLDER/shard-00000.sha256 the SHA-256 of every chunk of that shard, 32 bytes each
 
-Everything read here may come from elsewhere: sizes are bounded before anything is parsed, every field is checked, and all
-that follows from other fields (names, sizes, chunk counts) must be what `prepare` would have written.
+Everything read here may come from elsewhere: sizes are bounded before anything is parsed, every field is checked, and
+all that follows from other fields (names, sizes, chunk counts) must be what `prepare` would have written.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def _read(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read the index {path}: {error.strerror}.") from error
-    # Bounds before parsing: a manifest has one list and one object a shard, so depth and memory are bounded by counting.
+    # Bounds before parsing: a manifest has one list and one object a shard, so depth and memory are bounded by
+    # counting.
     if (
         len(raw) > MAX_BYTES
         or raw.count(b"[") > 1

@@ -1,16 +1,18 @@
 """The global order of samples: sample number n -> (source, sample), from the seed and n alone.
 
-No table, no generator state, no library's random numbers (numpy's streams may change with its version): a keyed bijection
-of integers, so any position costs the same, an epoch is exactly once each sample, and the world size never enters.
+No table, no generator state, no library's random numbers (numpy's streams may change with its version): a keyed
+bijection of integers, so any position costs the same, an epoch is exactly once each sample, and the world size never
+enters.
 
 Legend: L lanes, W chunks of a window, S samples a chunk, N samples of a source, e epoch, m place in a lane's epoch.
 
-  lanes     Sample number n is lane n mod L's (n div L)-th. A lane owns every L-th chunk of the epoch's permuted chunks, and a
-            rank takes whole lanes of a batch: so up to L ranks each chunk is read by one rank only.
-  windows   Inside a lane, W chunks at a time are shuffled sample by sample: L x W chunks are open at once. Lanes begin
-            their windows at different places (lane l's first has W - l W div L chunks), so that chunks are not all read at once.
-  tail      What does not fill L x W chunks (and the short last chunk) is shuffled flat, at each epoch's end. A small corpus
-            is all tail: a full shuffle.
+  lanes     Sample number n is lane n mod L's (n div L)-th. A lane owns every L-th chunk of the epoch's permuted chunks,
+            and a rank takes whole lanes of a batch: so up to L ranks each chunk is read by one rank only.
+  windows   Inside a lane, W chunks at a time are shuffled sample by sample: L x W chunks are open at once. Lanes end
+            their windows at different places (lane l's first has W - l W div L chunks), so that chunks are not all
+            read at once.
+  tail      What does not fill L x W chunks (and the short last chunk) is shuffled flat, at each epoch's end. A small
+            corpus is all tail: a full shuffle.
   mixture   Several sources: each lane walks a smooth weighted round robin over a period of 4096 slots, beginning at a
             place of its own; a lane's k-th visit of a source is its (k mod length)-th sample of epoch k div length. So
             shares are exact to 1/4096 and every sample of a source is visited once before any twice, lane by lane.
@@ -64,8 +66,9 @@ def key(*parts: Any) -> Words:
 def permute(x: Any, size: Any, keys: Any) -> Integers:
     """Keyed bijection of 0 .. size - 1, elementwise over x, size and keys (broadcast together).
 
-    A Feistel network of 6 rounds on pairs (left, right) of a rectangle that just holds `size`; a value that falls outside
-    is sent through again until it is inside (cycle walking: Black and Rogaway 2002), fewer than 2 times on average.
+    A Feistel network of 6 rounds on pairs (left, right) of a rectangle that just holds `size`; a value that falls
+    outside is sent through again until it is inside (cycle walking: Black and Rogaway 2002), fewer than 2 times on
+    average.
     """
     x, size, keys = np.broadcast_arrays(np.asarray(x, U64), np.asarray(size, U64), np.asarray(keys, U64))
     shape, out = x.shape, x.ravel().copy()
@@ -166,8 +169,9 @@ class Order:
         and take different epochs in turn."""
         sharing = -(-self.lanes // samples) if samples < self.lanes else 1
         place = lane % samples if sharing > 1 else lane
-        epoch, m = np.divmod(visit, (samples - place + self.lanes - 1) // self.lanes)
-        return self._inside(index, epoch * sharing + (lane // samples if sharing > 1 else 0), place, m)
+        length = (samples - place + self.lanes - 1) // self.lanes
+        epoch = visit // length * sharing + (lane // samples if sharing > 1 else 0)
+        return self._inside(index, epoch, place, visit % length)
 
     def _inside(self, index: int, epoch: Integers, lane: Integers, m: Integers) -> Integers:
         """The m-th sample of a lane in a source's epoch: of a window, or of the tail."""

@@ -3,8 +3,8 @@
     OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, tokenizer.model
     OUT/report.json                   what was read, skipped and why
 
-Two passes over the text: one draws the tokenizer's sample (from training documents only), one encodes. A document goes to
-validation by the hash of its text, so copies stay on one side and the split is stable when the corpus grows. The
+Two passes over the text: one draws the tokenizer's sample (from training documents only), one encodes. A document goes
+to validation by the hash of its text, so copies stay on one side and the split is stable when the corpus grows. The
 bytes written depend on the text, the options and the seed; not on the number of processes, the clock or the folder.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from pretrain.data import manifest as manifests
-from pretrain.data.documents import Document, Skipped, TextFile, read_documents, stdlib_corpus, text_files
+from pretrain.data.documents import Skipped, TextFile, read_documents, stdlib_corpus, text_files
 from pretrain.data.encode import Encoder
 from pretrain.data.folder import whole_folder
 from pretrain.data.progress import Progress, print_report
@@ -34,6 +34,7 @@ VOCAB_SIZE = 8192
 VALIDATION = 0.01
 MAX_TRAIN_BYTES = 32 << 20
 PARTS = ("train", "validation")
+CONTENTS = (*PARTS, "stdin", "report.json")
 
 
 @dataclass
@@ -44,10 +45,16 @@ class Part:
     tokens: int = 0  # document ends included
     text_bytes: int = 0
 
+    def add(self, tokens: int, text_bytes: int) -> None:
+        """Count one document."""
+        self.documents += 1
+        self.tokens += tokens
+        self.text_bytes += text_bytes
+
 
 @dataclass
 class Report:
-    """What prepare did; `parts` by name, documents skipped by reason, names of documents that do not decode to themselves."""
+    """What prepare did: counts by part and by reason, and names of documents that do not decode to themselves."""
 
     vocab_size: int
     tokenizer_sha256: str
@@ -127,7 +134,7 @@ def prepare(
     if not texts and not stdlib:
         raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    with whole_folder(out, say) as draft:
+    with whole_folder(out, CONTENTS, say) as draft:
         files = [*_files(texts, draft), *(stdlib_corpus() if stdlib else ())]
         tokenizer = _tokenizer(files, options, say)
         return _write(draft, files, tokenizer, options, processes, say)
@@ -156,7 +163,7 @@ def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str],
 
     def texts() -> Iterator[str]:
         for document in read_documents(files, options.split, options.text_field, Skipped(options.strict)):
-            if not _is_validation(document, options):
+            if not _is_validation(document.text.encode(), options):
                 yield document.text
 
     arguments = (options.model_type, options.user_symbols, None, options.max_train_bytes, options.seed)
@@ -169,9 +176,9 @@ def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str],
         return train_tokenizer(texts(), error.largest, *arguments)
 
 
-def _is_validation(document: Document, options: Options) -> bool:
+def _is_validation(text: bytes, options: Options) -> bool:
     share = VALIDATION if options.validation is None else options.validation
-    mark = xxhash.xxh64_intdigest(document.text.encode(), seed=(options.seed + 0x5EED) % 2**64)
+    mark = xxhash.xxh64_intdigest(text, seed=(options.seed + 0x5EED) % 2**64)
     return mark < share * 2**64
 
 
@@ -196,22 +203,17 @@ def _write(
             for batch, encoded in encoder(documents):
                 starts = np.cumsum([0, *encoded.lengths])
                 for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
-                    name = PARTS[_is_validation(document, options)]
+                    data = document.text.encode()
+                    name = PARTS[_is_validation(data, options)]
                     writers[name].add(encoded.tokens[start : start + length])
-                    _count(report.parts[name], document, length)
-                    progress.add(document, length)
+                    report.parts[name].add(length, len(data))
+                    progress.add(length, len(data))
                 report.altered += len(encoded.altered)
                 report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
     finally:
         encoder.close()
     _finish(draft, report, tokenizer, writers, options)
     return report
-
-
-def _count(part: Part, document: Document, tokens: int) -> None:
-    part.documents += 1
-    part.tokens += tokens
-    part.text_bytes += len(document.text.encode())
 
 
 def _finish(

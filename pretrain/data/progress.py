@@ -12,7 +12,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.data.documents import Document, TextFile
+from pretrain.data.documents import TextFile
 
 if TYPE_CHECKING:
     from pretrain.data.prepare import Report
@@ -35,9 +35,8 @@ class Progress:
             self.bar = bars.Progress("Tokenizing", *columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=self.total)
 
-    def add(self, document: Document, tokens: int) -> None:
-        """One document is encoded."""
-        size = len(document.text.encode())
+    def add(self, tokens: int, size: int) -> None:
+        """One document of `size` bytes is encoded."""
         self.bytes += size
         self.tokens += tokens
         if self.bar is not None:

@@ -2,11 +2,12 @@
 
 A source is one run of N tokens, an end-of-document id after each document, cut into chunks of C tokens. A chunk is one
 member of a tar file, `00000000.tok` (numbered through the source): C tokens and one look-ahead token, so a sequence of
-T tokens and its last target never need a second chunk. Only the source's last chunk may be short; it has no look-ahead, as
-nothing follows its last token. Little-endian uint16, or uint32 for a vocabulary above 65,536.
+T tokens and its last target never need a second chunk. Only the source's last chunk may be short; it has no look-ahead,
+as nothing follows its last token. Little-endian uint16, or uint32 for a vocabulary above 65,536.
 
-Members are plain USTAR of one fixed header (no clock, no user), so member i of a shard begins at i x stride and its header
-can be checked byte for byte without parsing it. Any tar program and a stock `webdataset.WebDataset` read the shards.
+Members are plain USTAR of one fixed header (no clock, no user), so member i of a shard begins at i x stride and its
+header can be checked byte for byte without parsing it. Any tar program and a stock `webdataset.WebDataset` read the
+shards.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _HashingFile:
     """A file that hashes what it writes: a second pass over the shard would miss the disk's rate."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "xb")
+        self.file = path.open("xb")
         self.sha256 = hashlib.sha256()
         self.size = 0
 

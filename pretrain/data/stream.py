@@ -7,7 +7,9 @@ sequences of T tokens, each with its last target.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,8 +133,8 @@ class Stream:
 def batch_hash(numbers: Integers, tokens: Integers) -> int:
     """Sum, wrapping in int64, of a hash of each (sample number, its tokens).
 
-    The sum over ranks (an int64 all-reduce) is the global batch's hash, whatever the ranks and their order. numbers (B,),
-    tokens (B, T + 1).
+    The sum over ranks (an int64 all-reduce) is the global batch's hash, whatever the ranks and their order. numbers
+    (B,), tokens (B, T + 1).
     """
     rows = np.ascontiguousarray(tokens, "<u4")
     total = sum(
@@ -149,21 +151,24 @@ def _source(manifest: Manifest, seq_length: int) -> Source:
         raise UserError(f"The sequence length must be at least 1, not {seq_length}.")
     if seq_length > targets:
         raise UserError(
-            f"A sequence of {seq_length} tokens is longer than the data: {manifest.folder} has {manifest.tokens:,} tokens."
+            f"A sequence of {seq_length} tokens is longer than the data: {manifest.folder} has {manifest.tokens:,}."
         )
     if size % seq_length:
-        divisors = [length for length in range(1, size + 1) if size % length == 0]
-        near = [
-            max((d for d in divisors if d < seq_length), default=None),
-            min((d for d in divisors if d > seq_length), default=None),
-        ]
         raise UserError(
-            f"The sequence length {seq_length} does not divide the {size:,} tokens of a chunk in {manifest.folder}: the "
-            f"nearest that do are {' and '.join(str(d) for d in near if d)}; or prepare the data again with "
+            f"The sequence length {seq_length} does not divide the {size:,} tokens of a chunk in {manifest.folder}. The "
+            f"nearest that do are {_near_divisors(size, seq_length)}; or prepare the data again with "
             f"--tokens-per-chunk a multiple of {seq_length}."
         )
     full, rest = divmod(targets, size)
     return Source(full * (size // seq_length) + rest // seq_length, size // seq_length)
+
+
+def _near_divisors(size: int, length: int) -> str:
+    """The largest divisor of `size` below `length` and the smallest above, in words."""
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    divisors = sorted({*small, *(size // d for d in small)})
+    place = bisect.bisect(divisors, length)
+    return " and ".join(f"{d:,}" for d in divisors[max(place - 1, 0) : place + 1])
 
 
 def _check_same_tokenizer(manifests: list[Manifest]) -> None:

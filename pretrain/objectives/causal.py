@@ -20,7 +20,7 @@ class CausalConfig(Protocol):
 
 
 class Causal:
-    """Makes a micro-batch of sample numbers and their tokens; a pure function of them, the seed and the configuration."""
+    """Makes a micro-batch: a pure function of sample numbers, their tokens, the seed and the configuration."""
 
     def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
         self.across_documents = config.loss_across_documents
