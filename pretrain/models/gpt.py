@@ -58,7 +58,8 @@ class GPT(nn.Module):
             self.waves = Table(sinusoids(self.max_length, hidden))
         if config.positions == "rope":
             places = torch.arange(self.max_length)
-            cos, sin = rotary_angles(places, config.size_of_head, config.rope_base, config.rope_scaling)
+            scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
+            cos, sin = rotary_angles(places, config.size_of_head, config.rope_base, scaling)
             self.angles = Table(torch.stack((cos, sin)))  # (2, S, D/2)
         if config.positions == "alibi":
             self.slopes = Table(local_slopes(config.num_heads, parts))

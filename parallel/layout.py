@@ -1,0 +1,196 @@
+"""The layout of a run: its degrees of parallelism, as a small value that prints itself. Imports no torch.
+
+Ranks = tensor x context x pipeline x data. Data parallelism is what the other degrees leave of the number of processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ParallelConfig(BaseModel):
+    """Degrees of parallelism; data parallelism is what is left of the processes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    tensor: int = Field(1, ge=1, description="ranks that share each layer's weights (Shoeybi et al. 2019)")
+    sequence: bool = Field(False, description="tensor ranks also share the sequence between the layers (Korthikanti et al. 2022)")
+    context: int = Field(1, ge=1, description="ranks that share each sequence; only 1 for now")
+    pipeline: int = Field(1, ge=1, description="stages that the layers are cut into (1F1B; Narayanan et al. 2021)")
+    virtual: int = Field(1, ge=1, description="parts of the layers a pipeline rank holds, interleaved; 1: one")
+    zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 0, or 1 (optimizer state shared over data-parallel ranks)")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations made again in the backward pass: none, selective (attention) or full (each layer)"
+    )
+    timeout: float = Field(600.0, gt=0, description="seconds after which a rank that waits for the others gives up")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of each parallelism. Prints as `tp2 x pp2 x dp4, zero 1`."""
+
+    tensor: int = 1
+    sequence: bool = False
+    context: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    data: int = 1
+    zero: int = 0
+
+    @property
+    def size(self) -> int:
+        """Processes that it needs."""
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world: int) -> Layout:
+        """The layout of `world` processes. ValueError if they cannot be shared out evenly."""
+        model = parallel.tensor * parallel.context * parallel.pipeline
+        if world % model:
+            raise ValueError(f"{world} processes are not a multiple of tensor x context x pipeline = {model}")
+        return cls(
+            parallel.tensor,
+            parallel.sequence,
+            parallel.context,
+            parallel.pipeline,
+            parallel.virtual,
+            world // model,
+            parallel.zero,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=1`; what is not named is 1, zero is 0."""
+        names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual", "dp": "data", "zero": "zero"}
+        layout = cls()
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            match = re.fullmatch(r"([a-z]+)=?(\d+)", part)
+            if part == "sp":
+                layout = replace(layout, sequence=True)
+            elif match and match[1] in names:
+                layout = replace(layout, **{names[match[1]]: int(match[2])})
+            else:
+                raise ValueError(f"layout {text!r}: {part!r} is none of {', '.join(f'{n}=N' for n in names)} or sp")
+        return layout
+
+    def __str__(self) -> str:
+        degrees = {"tp": self.tensor, "cp": self.context, "pp": self.pipeline, "vp": self.virtual, "dp": self.data}
+        parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+        if self.sequence:
+            parts.insert(1, "sp")
+        return f"{' x '.join(parts) or '1 process'}, zero {self.zero}"
+
+
+class Problem(NamedTuple):
+    """Why a layout does not fit: the field, what is wrong, and how to mend it."""
+
+    path: str
+    message: str
+    mend: str
+
+
+class Shapes(NamedTuple):
+    """Numbers of a run that its layout has to divide."""
+
+    num_layers: int
+    num_heads: int
+    kv_heads: int
+    feed_forward_size: int
+    seq_length: int
+    batch_sizes: tuple[int, ...]  # sequences a step: the full size and, with a ramp, each size on the way
+    micro_size: int
+
+
+def layout_problems(parallel: ParallelConfig, shapes: Shapes, world: int) -> list[Problem]:
+    """Everything that keeps a run of these shapes from `world` processes under this layout; empty if it fits."""
+    return [*_unsupported(parallel), *_tensor(parallel, shapes), *_pipeline(parallel, shapes), *_batch(parallel, shapes, world)]
+
+
+def _unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
+    if parallel.context > 1:
+        yield Problem("parallel.context", "context parallelism is not there yet", "set parallel.context=1")
+    if parallel.zero > 1:
+        yield Problem(
+            "parallel.zero", f"ZeRO stage {parallel.zero} is not there yet: its gradients are not proven", "set parallel.zero=1"
+        )
+
+
+def _tensor(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
+    degree = parallel.tensor
+    extents = {
+        "model.num_heads": shapes.num_heads,
+        "model.num_kv_heads": shapes.kv_heads,
+        "model.ffn_hidden_size": shapes.feed_forward_size,
+    }
+    if parallel.sequence:
+        extents["data.seq_length"] = shapes.seq_length
+    for path, extent in extents.items():
+        if extent % degree:
+            yield Problem(
+                "parallel.tensor", f"{degree} does not divide {path} {extent}", f"the nearest that works: {_fits(extents, degree)}"
+            )
+    if 128 % degree:  # the vocabulary is padded to a multiple of 128 whatever the layout
+        yield Problem(
+            "parallel.tensor", f"{degree} does not divide the vocabulary (padded to 128s)", f"the nearest that works: {_fits(extents, degree)}"
+        )
+    if parallel.sequence and degree == 1:
+        yield Problem("parallel.sequence", "has no effect without tensor parallelism", "set parallel.sequence=false")
+
+
+def _fits(extents: dict[str, int], wished: int) -> int:
+    """The tensor degree nearest to the wished one that divides all."""
+    works = [d for d in (1, 2, 4, 8, 16, 32, 64, 128) if all(extent % d == 0 for extent in extents.values())]
+    return min(works, key=lambda d: abs(d - wished))
+
+
+def _pipeline(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
+    parts, layers = parallel.pipeline * parallel.virtual, shapes.num_layers
+    if layers % parts:
+        path = "parallel.pipeline" if parallel.virtual == 1 else "parallel.virtual"
+        what = "" if parallel.virtual == 1 else f" x virtual {parallel.virtual}"
+        works = [d for d in range(1, layers + 1) if layers % (d * parallel.virtual) == 0]
+        mend = f"the nearest that works: pipeline {min(works, key=lambda d: abs(d - parallel.pipeline))}" if works else "set virtual=1"
+        yield Problem(path, f"pipeline {parallel.pipeline}{what} does not divide model.num_layers {layers}", mend)
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield Problem("parallel.virtual", "has no effect without a pipeline", "set parallel.virtual=1")
+
+
+def _batch(parallel: ParallelConfig, shapes: Shapes, world: int) -> Iterator[Problem]:
+    model = parallel.tensor * parallel.context * parallel.pipeline
+    if world % model:
+        nearest = max(model, round(world / model) * model)
+        yield Problem(
+            "parallel", f"tensor x context x pipeline = {model} does not divide the {world} processes", f"start {nearest} processes"
+        )
+        return
+    ranks = world // model
+    for size in shapes.batch_sizes:
+        yield from _one_batch(parallel, shapes.micro_size, ranks, size, ramp=size != shapes.batch_sizes[0])
+
+
+def _one_batch(parallel: ParallelConfig, micro: int, ranks: int, size: int, ramp: bool) -> Iterator[Problem]:
+    path = "batch.ramp" if ramp else "batch.size"
+    if size % ranks:
+        nearest = max(ranks, round(size / ranks) * ranks)
+        yield Problem(path, f"{size} sequences cannot be shared by {ranks} data-parallel ranks", f"the nearest that works: {nearest}")
+        return
+    share = size // ranks
+    if share % micro:
+        works = [d for d in range(1, share + 1) if share % d == 0]
+        yield Problem(
+            "batch.micro_size",
+            f"{micro} does not divide a rank's {share} of {size} sequences a step",
+            f"the nearest that works: {min(works, key=lambda d: abs(d - micro))}",
+        )
+    elif parallel.virtual > 1 and share // micro % parallel.pipeline:
+        yield Problem(
+            "batch.micro_size",
+            f"the interleaved schedule needs a multiple of {parallel.pipeline} micro-batches, {size} sequences give {share // micro}",
+            f"set a micro_size that divides {share // parallel.pipeline}" if share % parallel.pipeline == 0 else "set parallel.virtual=1",
+        )
+

@@ -1,0 +1,43 @@
+"""Durations of training in steps or tokens: "200 steps", "10M tokens"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainSerializer
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+FORM = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s+(steps?|tokens?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Span:
+    """`count` optimizer steps, or training tokens (batch size x sequence length a step)."""
+
+    count: int
+    unit: Literal["steps", "tokens"]
+
+    def __str__(self) -> str:
+        for suffix in ("T", "B", "M", "K"):
+            if self.unit == "tokens" and self.count and self.count % UNITS[suffix] == 0:
+                return f"{self.count // UNITS[suffix]}{suffix} tokens"
+        return f"{self.count} {self.unit}"
+
+
+def parse_span(value: Any) -> Any:
+    """A Span of text; ValueError says what is understood."""
+    if isinstance(value, Span):
+        return value
+    match = FORM.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f'expected a duration such as "200 steps" or "10M tokens", found {value!r}')
+    number, suffix, unit = match.groups()
+    count = float(number) * UNITS[suffix.upper()]
+    if count != int(count):
+        raise ValueError(f"{value!r} is not a whole number of {unit}")
+    return Span(int(count), "steps" if unit.lower().startswith("step") else "tokens")
+
+
+Duration = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(str, return_type=str)]

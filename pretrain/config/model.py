@@ -1,0 +1,142 @@
+"""The model's shape."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from pretrain.config.section import Section, meaning
+
+GATED = ("swiglu", "geglu")
+
+
+class RopeScaling(Section):
+    """Stretching rotary positions to longer sequences; see kernels/rotary.py."""
+
+    kind: Literal["linear", "ntk", "llama3"] = meaning("linear", "linear, ntk or llama3")
+    factor: float = meaning(1.0, "how many times longer the sequences become", ge=1.0)
+    low_frequency_factor: float = meaning(1.0, "llama3: below this many turns in the original length, slow down fully", gt=0)
+    high_frequency_factor: float = meaning(4.0, "llama3: above this many turns, leave as it is", gt=0)
+    original_positions: int = meaning(8192, "llama3: positions that the model was trained on", ge=1)
+
+
+class ModelConfig(Section):
+    """Shape of the Transformer."""
+
+    kind: Literal["gpt"] = meaning("gpt", "which model: gpt (a causal decoder)")
+    num_layers: int = meaning(6, "Transformer blocks", ge=1)
+    hidden_size: int = meaning(384, "features of the residual stream", ge=1)
+    num_heads: int = meaning(6, "attention heads", ge=1)
+    num_kv_heads: int | None = meaning(None, "key/value heads, each shared by equally many heads; null: num_heads", ge=1)
+    head_size: int | None = meaning(None, "features of a head; null: hidden_size / num_heads", ge=1)
+    ffn_hidden_size: int | None = meaning(
+        None, "features inside the feed-forward layer; null: 4 x hidden_size, or 8/3 x (to the next 64) if gated", ge=1
+    )
+    activation: Literal["gelu", "gelu-tanh", "relu", "swiglu", "geglu"] = meaning(
+        "gelu", "gelu, gelu-tanh (GPT-2's), relu, swiglu or geglu"
+    )
+    norm: Literal["layer", "rms"] = meaning("layer", "layer (LayerNorm) or rms (RMSNorm)")
+    norm_position: Literal["pre", "post"] = meaning("pre", "pre (before each layer, GPT-2) or post (after the residual, 2017)")
+    norm_epsilon: float = meaning(1e-5, "added to the variance", gt=0)
+    positions: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = meaning(
+        "learned", "learned, sinusoidal, rope, alibi or none"
+    )
+    max_positions: int | None = meaning(None, "longest sequence that the model can take, in tokens; null: data.seq_length", ge=1)
+    rope_base: float = meaning(10000.0, "rope: base of the wave lengths", gt=1)
+    rope_scaling: RopeScaling | None = meaning(None, "rope: stretching to longer sequences, {kind, factor, ...}; null: none")
+    attention_window: int | list[int | None] | None = meaning(
+        None, "tokens that a position sees, itself included; a list is repeated over the layers; null: all before it"
+    )
+    biases: bool = meaning(True, "biases in the linear layers and LayerNorms")
+    tie_embeddings: bool = meaning(True, "one matrix for the embedding and the output layer")
+    vocab_size: int | None = meaning(None, "rows of the vocabulary; null: the tokenizer's", ge=2)
+    dropout: float = meaning(0.0, "dropout rate wherever none of its own is given below", ge=0, lt=1)
+    embedding_dropout: float | None = meaning(None, "rate after the embedding; null: dropout", ge=0, lt=1)
+    residual_dropout: float | None = meaning(None, "rate before each residual sum; null: dropout", ge=0, lt=1)
+    attention_dropout: float | None = meaning(None, "rate of attention probabilities; null: dropout", ge=0, lt=1)
+    initial_scale: float = meaning(0.02, "standard deviation of the initial weights", gt=0)
+    scale_initial_by_depth: bool = meaning(True, "divide that by sqrt(2 x layers) where a layer adds to the residual (GPT-2)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        wrong = list(self._problems())
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _problems(self) -> Any:
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            yield (
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                f"give {nearest_divisor(self.hidden_size, self.num_heads)} heads, or a head_size"
+            )
+        if self.num_heads % self.kv_heads:
+            yield (
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: "
+                f"the nearest that works is {nearest_divisor(self.num_heads, self.kv_heads)}"
+            )
+        if self.positions == "rope" and self.size_of_head % 2:
+            yield f"rope needs an even head size, found {self.size_of_head}"
+        if self.rope_scaling is not None and self.positions != "rope":
+            yield f"rope_scaling has no effect with positions: {self.positions}; remove it, or set positions: rope"
+        if self.positions == "sinusoidal" and self.hidden_size % 2:
+            yield f"sinusoidal positions need an even hidden_size, found {self.hidden_size}"
+        windows = self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]
+        if not windows or any(window is not None and window < 1 for window in windows):
+            yield f"attention_window {self.attention_window}: give tokens >= 1, null, or a list of these"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def feed_forward_size(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation in GATED:  # two matrices in, one out: as many weights as 4 x has with two (Shazeer 2020)
+            return -(-8 * self.hidden_size // 3 // 64) * 64
+        return 4 * self.hidden_size
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position of this layer sees, itself included; None: all before it."""
+        if isinstance(self.attention_window, list):
+            return self.attention_window[layer % len(self.attention_window)]
+        return self.attention_window
+
+    @property
+    def embedding_dropout_rate(self) -> float:
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
+
+    @property
+    def residual_dropout_rate(self) -> float:
+        return self.dropout if self.residual_dropout is None else self.residual_dropout
+
+    @property
+    def attention_dropout_rate(self) -> float:
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+
+def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
+    """Weights of the model: what a checkpoint holds, the vocabulary without padding."""
+    hidden, inner = model.hidden_size, model.feed_forward_size
+    q, kv = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
+    up = 2 * inner if model.activation in GATED else inner
+    bias = 1 if model.biases else 0
+    norm = hidden * (2 if model.norm == "layer" and model.biases else 1)
+    attention = hidden * (q + 2 * kv) + q * hidden + bias * (q + 2 * kv + hidden)
+    feed_forward = hidden * up + inner * hidden + bias * (up + hidden)
+    table = max(seq_length, model.max_positions or 0) * hidden if model.positions == "learned" else 0
+    ends = vocab_size * hidden * (1 if model.tie_embeddings else 2) + table
+    return model.num_layers * (attention + feed_forward + 2 * norm) + ends + (norm if model.norm_position == "pre" else 0)
+
+
+def nearest_divisor(number: int, wished: int) -> int:
+    """The divisor of `number` that is nearest to `wished`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wished), d))
+
+

@@ -1,0 +1,14 @@
+"""What the model learns to predict."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pretrain.config.section import Section, meaning
+
+
+class ObjectiveConfig(Section):
+    """The training objective."""
+
+    kind: Literal["causal"] = meaning("causal", "causal: each position predicts the next token")
+    loss_across_documents: bool = meaning(True, "whether a document's first token, predicted from the one before, counts")

@@ -1,0 +1,51 @@
+"""The whole configuration of a run: one YAML file, a section a class."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from parallel.layout import ParallelConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.monitoring import MonitorConfig
+from pretrain.config.objective import ObjectiveConfig
+from pretrain.config.section import Section, meaning
+from pretrain.config.training import (
+    BatchConfig,
+    CheckpointConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+
+class Config(Section):
+    """A run."""
+
+    version: Literal[1] = meaning(1, "of this file's format")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        monitor = self.monitor
+        limit = self.model.max_positions
+        if limit is not None and limit < self.data.seq_length:
+            raise ValueError(f"data.seq_length {self.data.seq_length} is longer than model.max_positions {limit}")
+        if self.data.validation is None and (monitor.validate_every is not None or monitor.patience is not None):
+            raise ValueError("monitor.validate_every and patience need held-out data: set data.validation, or remove them")
+        if monitor.patience is not None and monitor.validate_every is None:
+            raise ValueError("monitor.patience counts validations: set monitor.validate_every")
+        return self

@@ -1,0 +1,101 @@
+"""Batches, optimizer, schedule, precision and the run's own settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from pretrain.config.duration import Duration, Span
+from pretrain.config.section import Section, meaning
+
+
+class Ramp(Section):
+    """Batch-size warm-up in equal steps of size, spread evenly over its length (GPT-3, section 2.3)."""
+
+    start: int = meaning(..., "sequences a step at first", ge=1)
+    increment: int = meaning(..., "sequences added at a time", ge=1)
+    length: Duration = meaning(..., "when the full size is reached, in steps or tokens")
+
+
+class BatchConfig(Section):
+    """Sequences a step."""
+
+    size: int = meaning(16, "sequences a step over all ranks", ge=1)
+    micro_size: int = meaning(16, "sequences that a rank computes at once; the rest of its share accumulates", ge=1)
+    ramp: Ramp | None = meaning(None, "batch-size warm-up, {start, increment, length}; null: none")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BatchConfig:
+        if self.ramp is not None and (self.size - self.ramp.start) % self.ramp.increment:
+            raise ValueError(
+                f"ramp: from {self.ramp.start} by {self.ramp.increment} never reaches size {self.size}; choose an increment "
+                f"that divides {self.size - self.ramp.start}"
+            )
+        if self.ramp is not None and self.ramp.start > self.size:
+            raise ValueError(f"ramp: start {self.ramp.start} is above size {self.size}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019); no decay on norms and biases."""
+
+    kind: Literal["adamw"] = meaning("adamw", "adamw")
+    learning_rate: float = meaning(1e-3, "highest learning rate", gt=0)
+    betas: tuple[float, float] = meaning((0.9, 0.95), "decay rates of the two moments, each in [0, 1)")
+    epsilon: float = meaning(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = meaning(0.1, "times the learning rate, taken off the weights each step", ge=0)
+    clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)}: each must be at least 0 and below 1")
+        return self
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = meaning(
+        "cosine", "cosine, linear, inverse-sqrt (Noam, 2017), wsd (warm-up, stable, decay) or constant"
+    )
+    warmup: Duration = meaning(Span(0, "steps"), "linear warm-up from 0, in steps or tokens")
+    total: Duration = meaning(Span(200, "steps"), "length of the run, in steps or tokens")
+    decay: Duration | None = meaning(
+        None, "cosine, linear: reach the final rate after this; wsd: length of the decay at the end; null: total, for wsd a tenth of it"
+    )
+    final_fraction: float = meaning(0.1, "last learning rate / highest", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        if self.total.count < 1:
+            raise ValueError(f"total {self.total}: a run needs at least one step")
+        if self.decay is not None and self.kind in ("constant", "inverse-sqrt"):
+            raise ValueError(f"decay has no effect with kind: {self.kind}; remove it")
+        return self
+
+
+class PrecisionConfig(Section):
+    """Number formats; master weights and optimizer state are always fp32."""
+
+    compute: Literal["bf16", "fp32"] = meaning("bf16", "bf16 or fp32: of weights, activations and matrix products")
+    compile: Literal["auto", "always", "never"] = meaning(
+        "auto", "torch.compile: auto (where it works and a compiler is found), always or never"
+    )
+
+
+class CheckpointConfig(Section):
+    """Checkpoints; the last step is always saved."""
+
+    every: Duration = meaning(Span(500, "steps"), "between checkpoints, in steps or tokens")
+    keep_last: int = meaning(2, "newest checkpoints that are kept", ge=1)
+    keep_best: bool = meaning(True, "also keep the newest checkpoint with the best validation loss")
+
+
+class RunConfig(Section):
+    """The run's folder and what concerns it as a whole."""
+
+    dir: str = meaning("runs/run", "folder of the run; made when missing, resumed when there")
+    seed: int = meaning(1, "of initial weights, data order and dropout", ge=0, lt=2**63)
+    max_bad_steps: int = meaning(5, "stop after so many steps in a row with a loss or gradient that is not finite", ge=1)
