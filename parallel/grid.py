@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.layers import TensorAxis
-from parallel.layout import Layout
+from parallel.layout import Layout, rank_and_world
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Grid:
         """Until every rank is here."""
         if self.world > 1:
             dist.barrier()
-
-
-def rank_and_world() -> tuple[int, int]:
-    """What the launcher (torchrun's variables) says of this process; 0 of 1 without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pick_device() -> torch.device:

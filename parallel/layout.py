@@ -5,6 +5,7 @@ Ranks = tensor x context x pipeline x data. Data parallelism is what the other d
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -84,6 +85,11 @@ class Layout:
         if self.sequence:
             parts.insert(1, "sp")
         return f"{' x '.join(parts) or '1 process'}, zero {self.zero}"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """What the launcher (torchrun's variables) says of this process; 0 of 1 without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Problem(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data.chunks import Chunks
-from pretrain.data.documents import read_text
+from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.loading import Loaded, load_model
@@ -57,15 +57,19 @@ def _batches(ids: np.ndarray, length: int, stride: int, size: int) -> Iterator[t
 
 
 def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
-    """The ids of a text file or of shards, and the bytes of text behind them."""
-    if data.is_dir() and (data / "manifest.json").is_file():
+    """The ids of text (a file or a folder, each document with its end) or of shards, and the bytes of text behind them.
+    A document end stands before the first, so that every token of the data is scored."""
+    tokenizer = loaded.tokenizer
+    if (data / "manifest.json").is_file():
         manifest = Manifest.load(data)
-        if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
-        return _all_tokens(manifest), manifest.text_bytes
-    text = read_text(data)
-    ids = [loaded.tokenizer.eos, *loaded.tokenizer.encode(text)]
-    return np.asarray(ids, dtype=np.int64), len(text.encode())
+        return np.concatenate([[tokenizer.eos], _all_tokens(manifest)]), manifest.text_bytes
+    ids, text_bytes = [tokenizer.eos], 0
+    for document in read_documents(text_files([data]), skipped=Skipped(strict=True)):
+        ids += [*tokenizer.encode(document.text), tokenizer.eos]
+        text_bytes += len(document.text.encode())
+    return np.asarray(ids, dtype=np.int64), text_bytes
 
 
 def _all_tokens(manifest: Manifest) -> np.ndarray:
@@ -77,7 +81,7 @@ def _all_tokens(manifest: Manifest) -> np.ndarray:
 
 def main(args: Namespace) -> int:
     """`python -m pretrain evaluate`: prints one JSON line."""
-    loaded = load_model(Path(args.run), args.checkpoint)
+    loaded = load_model(Path(args.run_folder), args.checkpoint)
     length = loaded.model.max_length
     stride = args.stride or length
     if not 1 <= stride <= length:

@@ -80,6 +80,12 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling) -> str:
+    """The prompt and what the model, which must be in `eval()`, makes of it."""
+    ids = tokenizer.encode(prompt) or [tokenizer.eos]
+    return prompt + "".join(stream_text(tokenizer, generate(model, ids, max_tokens, sampling, tokenizer.eos)))
+
+
 def check_options(args: Namespace) -> None:
     """All that is wrong with the command line, in one message."""
     problems = []
@@ -98,7 +104,7 @@ def check_options(args: Namespace) -> None:
 def main(args: Namespace) -> int:
     """`python -m pretrain generate`."""
     check_options(args)
-    loaded = load_model(Path(args.run), args.checkpoint)
+    loaded = load_model(Path(args.run_folder), args.checkpoint)
     prompt = loaded.tokenizer.encode(args.prompt) or [loaded.tokenizer.eos]
     for number in range(args.num_samples):
         if args.num_samples > 1:

@@ -9,20 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.layout import Layout, layout_problems
-from pretrain.config.load import check_resume, dump_config, load_config
+from parallel.layout import layout_problems
+from pretrain.config.load import dump_config, load_config, problem_error, resume_problems, shapes_of
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from parallel.grid import Grid
+    from pretrain.data.sources import Sources
 
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.model"
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
 def open_config(source: str, overrides: list[str], world: int) -> Config:
-    """The config of a YAML file, or of a run's folder, with everything checked that can be before torch is touched."""
+    """The config of a YAML file, or of a run's folder. Raises UserError with everything that keeps it from `world`
+    processes or from going on where its folder's checkpoints are."""
     path = Path(source)
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -30,41 +34,37 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
         config = load_config(path / CONFIG, [f"run.dir={json.dumps(str(path))}", *overrides])
     else:
         config = load_config(path, overrides)
-    saved = Path(config.run.dir) / CONFIG
-    if saved.is_file():
-        check_resume(load_config(saved, []), config)
-    check_layout(config, world)
+    problems = layout_problems(config.parallel, shapes_of(config), world)
+    folder = Path(config.run.dir)
+    if (folder / CONFIG).is_file() and any((folder / CHECKPOINTS).glob("step-*")):
+        problems += resume_problems(load_config(folder / CONFIG), config)
+    if problems:
+        raise problem_error(f"{source}: this run cannot start", problems)
+    if folder.exists() and not (folder / CONFIG).is_file() and _foreign(folder):
+        raise UserError(f"run.dir: {folder} holds files but is no run's folder; choose an empty or a new one")
     return config
 
 
-def check_layout(config: Config, world: int) -> None:
-    problems = layout_problems(config, world)
-    if problems:
-        lines = [f"  {problem.path}: {problem.message}; {problem.mend}" for problem in problems]
-        raise UserError("\n".join(["the layout does not fit this run:", *lines]))
+def _foreign(folder: Path) -> bool:
+    return not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir())  # the launcher opens logs/ first
 
 
-def claim_folder(config: Config, grid: Grid) -> None:
-    """Make the run's folder and keep the resolved config in it; refuse a folder that holds something else."""
+def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
+    """Keep the resolved config and the tokenizer in the run's folder, which needs nothing else to go on."""
     folder = Path(config.run.dir)
-    if folder.exists() and not (folder / CONFIG).is_file() and any(_foreign(folder)):
-        raise UserError(f"run.dir: {folder} holds files but is no run's folder; choose an empty or a new one")
-    grid.wait()
+    grid.wait()  # every rank has read what is there
     if grid.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(folder / CONFIG, dump_config(config))
+            _write_whole(folder / CONFIG, dump_config(config).encode())
+            _write_whole(folder / TOKENIZER, sources.train.manifests[0].tokenizer().model)
         except OSError as error:
             raise UserError(f"run.dir: {folder} cannot be written: {error}") from error
 
 
-def _foreign(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name != "logs"]  # the launcher opens the logs first
-
-
-def _write_whole(path: Path, text: str) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
@@ -83,3 +83,4 @@ def run_config(run: Path) -> Config:
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: no {CONFIG} in it, so this is no run's folder")
     return load_config(run / CONFIG, [f"run.dir={json.dumps(str(run))}"])
+

@@ -7,7 +7,6 @@ config, `State` and the engine's tensors, so a checkpoint holds just these.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,21 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from parallel.grid import Grid, rank_and_world, start_grid, stop_grid
-from parallel.layout import Layout
+from parallel.grid import Grid, start_grid, stop_grid
+from parallel.layout import Layout, rank_and_world
 from parallel.zero import Step
 from pretrain import checkpoint, runs
 from pretrain.build import Built, build
 from pretrain.checkpoint import State
+from pretrain.config.duration import Span
 from pretrain.config.run import Config
-from pretrain.data.stream import Stream, batch_hash, prefetch
+from pretrain.data.sources import Sources
+from pretrain.data.stream import batch_hash, prefetch
 from pretrain.errors import UserError
+from pretrain.generate import Sampling, sample_text
 from pretrain.interrupt import Interrupt
 from pretrain.objectives.batch import Batch
 from pretrain.objectives.causal import Causal
-from pretrain.report import Reporter
+from pretrain.report import Reporter, Silent
 from pretrain.schedule import Plan
 from pretrain.validation import Validation
 
@@ -54,7 +55,7 @@ def train(run: Run) -> str:
         update = run.engine.step(run.learning_rate())
         run.advance(data, update)
         run.log(data, loss, update, time.perf_counter() - started)
-        if run.due(run.config.monitor.validate_every):
+        if run.due(run.config.monitor.validate_every) or run.at_end:
             run.validate()
         if run.due(run.config.monitor.sample_every):
             run.sample()
@@ -69,18 +70,16 @@ def train(run: Run) -> str:
 class Run:
     """A training run at one place of the grid."""
 
-    def __init__(self, config: Config, grid: Grid, reporter: Reporter, interrupt: Interrupt) -> None:
-        self.config, self.grid, self.reporter, self.interrupt = config, grid, reporter, interrupt
+    def __init__(self, config: Config, grid: Grid, sources: Sources, interrupt: Interrupt) -> None:
+        self.config, self.grid, self.sources, self.interrupt = config, grid, sources, interrupt
+        self.reporter = Silent()
         self.folder = Path(config.run.dir)
         self.plan = Plan(config)
-        self.stream = Stream(
-            config.data.train_folders, config.data.seq_length, config.run.seed, config.data.lanes, config.data.window
-        )
-        manifest = self.stream.manifests[0]
-        self.objective = Causal(config.objective, manifest.eos, config.run.seed)
-        self.built: Built = build(config, grid, config.model.vocab_size or manifest.vocab_size)
+        self.tokenizer = sources.train.manifests[0].tokenizer()
+        self.objective = Causal(config.objective, self.tokenizer.eos, config.run.seed)
+        self.built: Built = build(config, grid, config.model.vocab_size or sources.train.vocab_size)
         self.engine = self.built.engine
-        self.validation = Validation.of(config, grid, self.objective) if config.data.validation else None
+        self.validation = Validation(config, grid, self.objective, sources.validation) if sources.validation else None
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
 
@@ -89,7 +88,7 @@ class Run:
     def data(self) -> Iterator[StepData]:
         """The steps from here to the schedule's end; one prefetch thread reads ahead."""
         steps = self.plan.steps_from(self.state.step)
-        source = prefetch(self.stream, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch)
+        source = prefetch(self.sources.train, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch)
         try:
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
@@ -101,9 +100,10 @@ class Run:
 
     def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
         size = self.config.batch.micro_size
+        rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         batches = [
-            Batch(*(tensor.to(self.grid.device) for tensor in self.objective(numbers[i : i + size], tokens[i : i + size])))
-            for i in range(0, len(numbers), size)
+            Batch(*(tensor.to(self.grid.device) for tensor in self.objective(*micro)))
+            for micro in zip(*(part.split(size) for part in rows), strict=True)
         ]
         counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_loss else 0.0
         facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (counted, self.interrupt.asked)])
@@ -136,12 +136,16 @@ class Run:
 
     # -- what happens between steps ----------------------------------------------------------------------------------
 
-    def due(self, every: object) -> bool:
+    @property
+    def at_end(self) -> bool:
+        return self.state.step >= self.plan.total_steps
+
+    def due(self, every: Span | None) -> bool:
         return self.plan.due(every, self.before.step, self.state.step)
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step, seconds: float) -> None:
         self.reporter.step_done(data.size * self.config.data.seq_length, seconds, data.waited)
-        if not self.due(self.config.monitor.log_every) and self.state.step != self.plan.total_steps:
+        if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         ours = self.grid.reads_loss
         total = self.grid.total(loss.double() if ours else torch.zeros_like(loss, dtype=torch.float64))
@@ -173,12 +177,14 @@ class Run:
         self.reporter.validation(self.state.step, self.state.samples * self.config.data.seq_length, result)
 
     def sample(self) -> None:
-        """A text by the model as it is, to TensorBoard; where one process has the whole model."""
-        if self.grid.layout.pipeline > 1:
+        """A text by the model as it is, to TensorBoard; where each process can run all layers."""
+        monitor, layout = self.config.monitor, self.grid.layout
+        if layout.pipeline > 1 or layout.sequence:
             return
         self.built.train(False)
         with self.reporter.pause():
-            text = runs.sample_text(self.config, self.built.stages[0].module, self.stream.manifests[0].tokenizer_path)
+            model = self.built.stages[0].module
+            text = sample_text(model, self.tokenizer, monitor.sample_prompt, monitor.sample_tokens, Sampling(0.8, 50))
         self.reporter.text(self.state.step, text)
 
     def ending(self, data: StepData) -> str:
@@ -188,7 +194,7 @@ class Run:
             return "diverged"
         if patience is not None and state.validations_since_best >= patience:
             return "early-stop"
-        if state.step >= self.plan.total_steps:
+        if self.at_end:
             return "finished"
         return "stopped" if data.stop else ""
 
@@ -198,7 +204,7 @@ class Run:
         with self.reporter.pause():
             started = time.perf_counter()
             try:
-                checkpoint.save(self.folder, self.state, self.engine, self.grid, runs.about(self.grid))
+                checkpoint.save(self.folder, self.state, self.engine, self.grid, runs.about(self.grid, self.sources.fingerprint))
             except OSError as error:
                 raise UserError(self._disk_message(error)) from error
             if self.grid.rank == 0:
@@ -219,25 +225,26 @@ class Run:
         """Go on from the newest whole checkpoint, if there is one."""
         found = checkpoint.latest_everywhere(self.folder, self.grid, self.reporter.warn)
         if found is not None:
+            if found.about.get("data") != self.sources.fingerprint:
+                raise UserError(
+                    f"{found.folder}: was trained on other data than {', '.join(self.config.data.train_folders)} "
+                    "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
+                )
             checkpoint.load_engine(found, self.engine)
             self.state = self.before = found.state
         self.reporter.begin(self.state, self.plan.total_steps, self.built.compiled)
 
 
-def main(source: str, overrides: list[str]) -> int:
-    """`python -m pretrain train`: a config file or a run's folder. Returns the exit code."""
-    rank, world = rank_and_world()
-    config = runs.open_config(source, overrides, world)
-    layout = Layout.of(config.parallel, world)
+def main(config: Config, sources: Sources) -> int:
+    """`python -m pretrain train` from a checked config and its data. Returns the exit code."""
+    layout = Layout.of(config.parallel, rank_and_world()[1])
     interrupt = Interrupt.watch()
     grid = start_grid(layout, config.parallel.timeout)
-    try:
-        runs.claim_folder(config, grid)
-        with Reporter(config, grid) as reporter:
-            run = Run(config, grid, reporter, interrupt)
-            run.resume()
-            reason = "finished" if run.state.step >= run.plan.total_steps else train(run)
-            reporter.end(run.state, reason)
-        return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)
-    finally:
-        stop_grid()
+    run = Run(config, grid, sources, interrupt)
+    runs.claim_folder(config, grid, sources)
+    with Reporter(config, grid, run.facts()) as run.reporter:
+        run.resume()
+        reason = "finished" if run.state.step >= run.plan.total_steps else train(run)
+        run.reporter.end(run.state, reason)
+    stop_grid()
+    return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)

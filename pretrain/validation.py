@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +34,6 @@ class Validation:
         wanted = config.monitor.validation_samples
         self.samples = min(wanted or stream.samples_per_epoch, stream.samples_per_epoch)
 
-    @classmethod
-    def of(cls, config: Config, grid: Grid, objective: Causal) -> Validation:
-        assert config.data.validation is not None
-        stream = Stream([Path(config.data.validation)], config.data.seq_length, config.run.seed, shuffle=False)
-        return cls(config, grid, objective, stream)
-
     def run(self, schedule: Schedule) -> Result:
         loss = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = 0.0
@@ -66,6 +59,7 @@ class Validation:
         """Samples start : start + size, those past the end repeated from the first but masked."""
         numbers = np.arange(start, start + size)
         past = numbers >= self.samples
-        batch = self.objective(np.where(past, 0, numbers), self.stream.read(np.where(past, 0, numbers)))
+        known = np.where(past, 0, numbers)
+        batch = self.objective(torch.from_numpy(known), torch.from_numpy(self.stream.read(known)))
         mask = batch.mask * torch.from_numpy(~past).to(batch.mask.dtype)[:, None]
         return Batch(*(tensor.to(self.grid.device) for tensor in batch._replace(mask=mask)))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FORM = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s+(steps?|tokens?)", re.IGNORECASE)
@@ -41,3 +41,12 @@ def parse_span(value: Any) -> Any:
 
 
 Duration = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(str, return_type=str)]
+
+
+def _positive(span: Span) -> Span:
+    if span.count < 1:
+        raise ValueError(f"an interval must be at least 1 step or token, found {span}")
+    return span
+
+
+Interval = Annotated[Duration, AfterValidator(_positive)]

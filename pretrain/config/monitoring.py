@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pretrain.config.duration import Duration, Span
+from pretrain.config.duration import Interval, Span
 from pretrain.config.section import Section, meaning
 
 
 class MonitorConfig(Section):
     """Logging, validation and samples. Nothing here changes the training but `patience`."""
 
-    log_every: Duration = meaning(Span(10, "steps"), "between lines of metrics.jsonl and TensorBoard, in steps or tokens")
-    validate_every: Duration | None = meaning(None, "between validations; null: only at the end")
+    log_every: Interval = meaning(Span(10, "steps"), "between lines of metrics.jsonl and TensorBoard, in steps or tokens")
+    validate_every: Interval | None = meaning(None, "between validations; null: only at the end")
     validation_samples: int | None = meaning(None, "sequences of held-out data a validation; null: all of them", ge=1)
     patience: int | None = meaning(None, "stop after so many validations without a better loss; null: never", ge=1)
-    sample_every: Duration | None = meaning(None, "between texts by the model in TensorBoard; null: none")
+    sample_every: Interval | None = meaning(None, "between texts by the model in TensorBoard; null: none")
     sample_prompt: str = meaning("", "what such a text begins with")
     sample_tokens: int = meaning(100, "tokens of such a text", ge=1)
     tensorboard: bool = meaning(True, "write TensorBoard files into the run's folder")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
-from pretrain.config.duration import Duration, Span
+from pretrain.config.duration import Duration, Interval, Span
 from pretrain.config.section import Section, meaning
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
 
 
 class Ramp(Section):
@@ -42,7 +46,7 @@ class OptimizerConfig(Section):
 
     kind: Literal["adamw"] = meaning("adamw", "adamw")
     learning_rate: float = meaning(1e-3, "highest learning rate", gt=0)
-    betas: tuple[float, float] = meaning((0.9, 0.95), "decay rates of the two moments, each in [0, 1)")
+    betas: Annotated[tuple[float, float], BeforeValidator(_pair)] = meaning((0.9, 0.95), "decay rates of the two moments, each in [0, 1)")
     epsilon: float = meaning(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = meaning(0.1, "times the learning rate, taken off the weights each step", ge=0)
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
@@ -63,12 +67,14 @@ class ScheduleConfig(Section):
     warmup: Duration = meaning(Span(0, "steps"), "linear warm-up from 0, in steps or tokens")
     total: Duration = meaning(Span(200, "steps"), "length of the run, in steps or tokens")
     decay: Duration | None = meaning(
-        None, "cosine, linear: reach the final rate after this; wsd: length of the decay at the end; null: total, for wsd a tenth of it"
+        None, "cosine, linear: until the final rate (null: total); wsd: length of the decay at the end (null: total / 10)"
     )
     final_fraction: float = meaning(0.1, "last learning rate / highest", ge=0, le=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
+        if self.kind == "inverse-sqrt" and self.warmup.count == 0:
+            raise ValueError("kind: inverse-sqrt falls from the end of the warm-up: give a warmup")
         if self.total.count < 1:
             raise ValueError(f"total {self.total}: a run needs at least one step")
         if self.decay is not None and self.kind in ("constant", "inverse-sqrt"):
@@ -88,7 +94,7 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints; the last step is always saved."""
 
-    every: Duration = meaning(Span(500, "steps"), "between checkpoints, in steps or tokens")
+    every: Interval = meaning(Span(500, "steps"), "between checkpoints, in steps or tokens")
     keep_last: int = meaning(2, "newest checkpoints that are kept", ge=1)
     keep_best: bool = meaning(True, "also keep the newest checkpoint with the best validation loss")
 

@@ -1,0 +1,245 @@
+"""A configuration from a YAML file and `section.key=value` overrides, with all that is wrong told at once; and back."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from parallel.layout import Problem, Shapes, layout_problems
+from pretrain.config import yaml
+from pretrain.config.duration import Span
+from pretrain.config.run import Config
+from pretrain.errors import UserError
+
+# What may differ when a run is resumed. Nothing here decides the numbers of a step: the data is known by its hashes,
+# wherever it lies. schedule.total may only grow.
+FREE = ("parallel", "monitor", "checkpoint", "batch.micro_size", "run.dir", "data.train", "data.validation", "data.prefetch")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with overrides. Raises UserError with every problem, each with its path and mend."""
+    values, problems = _read(Path(path)), []
+    for override in overrides:
+        problems += _apply(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise problem_error(f"{path}: this configuration cannot be used", [*problems, *_translate(error)]) from None
+    if problems:
+        raise problem_error(f"{path}: this configuration cannot be used", problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` gives the same config back."""
+    return yaml.dump(config.model_dump(mode="json"))
+
+
+def problem_error(title: str, problems: Iterable[Problem]) -> UserError:
+    """One error of many problems."""
+    lines = [f"  {problem.path}: {problem.message}" + (f"; {problem.mend}" if problem.mend else "") for problem in problems]
+    return UserError("\n".join([f"{title}:", *lines]))
+
+
+def check_layout(config: Config, world: int) -> None:
+    """Raises UserError with everything that keeps the run from `world` processes."""
+    problems = layout_problems(config.parallel, shapes_of(config), world)
+    if problems:
+        raise problem_error("the layout does not fit this run", problems)
+
+
+def shapes_of(config: Config) -> Shapes:
+    """The numbers of a run that its layout has to divide."""
+    model, batch = config.model, config.batch
+    ramp = range(batch.ramp.start, batch.size, batch.ramp.increment) if batch.ramp else ()
+    return Shapes(
+        model.num_layers,
+        model.num_heads,
+        model.kv_heads,
+        model.feed_forward_size,
+        config.data.seq_length,
+        (batch.size, *ramp),
+        batch.micro_size,
+    )
+
+
+def resume_problems(saved: Config, wished: Config) -> list[Problem]:
+    """What a resume would change that it may not."""
+    old, new = saved.model_dump(mode="json"), wished.model_dump(mode="json")
+    return [
+        Problem(path, f"this run was started with {was!r}, now it is {now!r}", mend)
+        for path, was, now in _differences(old, new)
+        if (mend := _refusal(path, saved, wished))
+    ]
+
+
+def _refusal(path: str, saved: Config, wished: Config) -> str:
+    """How to mend a difference at `path`; empty if it is allowed."""
+    if any(path == free or path.startswith(f"{free}.") for free in FREE):
+        return ""
+    if path == "schedule.total":
+        before, after = saved.schedule.total, wished.schedule.total
+        if before.unit == after.unit and after.count > before.count:
+            return ""
+        return "a resumed run can only become longer: leave it, or give another run.dir"
+    return "leave it as it was, or give another run.dir to start anew"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file. {_ready()}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
+    try:
+        values = yaml.parse(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of sections ({', '.join(Config.model_fields)}), found {values!r:.60}")
+    return values
+
+
+def _ready() -> str:
+    found = sorted(str(path) for path in Path("configs").glob("*/*.yaml"))
+    return f"Ready ones: {', '.join(found)}" if found else ""
+
+
+def _apply(values: dict[str, Any], override: str) -> list[Problem]:
+    """Write one `section.key=value` into the values."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        return [Problem(override, "not of the form section.key=value", "write for example optimizer.learning_rate=3e-4")]
+    try:
+        value = yaml.parse(text)
+    except ValueError as error:
+        return [Problem(override, f"the value is not valid YAML: {error}", "")]
+    place = values
+    for key in keys[:-1]:
+        inner = place.get(key)
+        place[key] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[key]
+    place[keys[-1]] = value
+    return []
+
+
+# -- pydantic's errors in this program's words -----------------------------------------------------------------------
+
+
+def _translate(error: ValidationError) -> Iterator[Problem]:
+    seen = set()
+    for item in error.errors():
+        keys = [str(key) for key in item["loc"]]
+        problem = _unknown(keys) if item["type"] == "extra_forbidden" else _invalid(keys, item)
+        if problem.path not in seen or item["type"] == "value_error":
+            seen.add(problem.path)
+            yield problem
+
+
+def _unknown(keys: list[str]) -> Problem:
+    section = _section(keys[:-1])
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(keys[-1], names, 1, 0.5)
+    elsewhere = [f"{name}.{keys[-1]}" for name, part in _sections() if keys[-1] in part.model_fields]
+    if near:
+        mend = f"did you mean {'.'.join([*keys[:-1], near[0]])}?"
+    else:
+        mend = f"did you mean {elsewhere[0]}?" if elsewhere else f"there are: {', '.join(names)}"
+    return Problem(".".join(keys), "unknown key", mend)
+
+
+def _invalid(keys: list[str], item: Any) -> Problem:
+    field = _field(keys)
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid ", "a ")
+    message = message.replace("a integer", "a whole number").replace("a boolean", "true or false")
+    if item["type"] == "model_type":
+        message = "must be a section, {key: value, ...}"
+    if item["type"] == "missing":
+        message = "is missing"
+    elif item["type"] != "value_error":
+        message = f"{message}, found {item['input']!r:.60}"
+    path = ".".join(keys) or "config"
+    # Unions add the name of the alternative that was tried to the path: keep the field's own.
+    while field is None and len(keys) > 1:
+        keys = keys[:-1]
+        field, path = _field(keys), ".".join(keys)
+    meant = f"it is: {field.description}" if field is not None and field.description else ""
+    return Problem(path, message, meant)
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in Config.model_fields.items():
+        if (part := _model_of(field)) is not None:
+            yield name, part
+
+
+def _section(keys: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for key in keys:
+        if key in section.model_fields:
+            section = _model_of(section.model_fields[key]) or section
+    return section
+
+
+def _field(keys: list[str]) -> FieldInfo | None:
+    return _section(keys[:-1]).model_fields.get(keys[-1]) if keys else None
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section class of a field, also of one that may be null."""
+    annotation = field.annotation
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+# -- --help-config ---------------------------------------------------------------------------------------------------
+
+
+def help_config() -> str:
+    """Every field with its default and meaning, as YAML that could be used."""
+    lines = ["# Every field of a run's configuration, at its default."]
+    for name, field in Config.model_fields.items():
+        part = _model_of(field)
+        if part is None:
+            lines.append(_line(name, field, ""))
+            continue
+        lines += ["", f"{name}:  # {(part.__doc__ or '').strip().splitlines()[0]}"]
+        for key, inner in part.model_fields.items():
+            lines.append(_line(key, inner, "  "))
+            nested = _model_of(inner)
+            lines += [f"  #   {_entry(deep, what)}" for deep, what in nested.model_fields.items()] if nested else []
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, field: FieldInfo, indent: str) -> str:
+    return indent + _entry(name, field)
+
+
+def _entry(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        value = "..."
+    else:
+        plain = str(default) if isinstance(default, Span) else list(default) if isinstance(default, tuple) else default
+        value = yaml.dump([plain]).strip()[1:-1]
+    return f"{f'{name}: {value}':<34}  # {field.description}"
