@@ -1,0 +1,72 @@
+"""What all tests share: quiet one-thread settings, ranks, and a small set of shards."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch: one thread a process, since ranks share the cores; and every cache in a folder of this
+# session's own, so that no test depends on what another session or the user's home left.
+_CACHE = tempfile.TemporaryDirectory(prefix="pretrain-tests-")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
+    os.environ[_variable] = str(Path(_CACHE.name) / _variable.lower())
+for _variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_variable, None)
+
+import pytest  # noqa: E402
+
+from tests.distributed import run_ranks, stop_zygote  # noqa: E402
+
+MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    stop_zygote()
+    _CACHE.cleanup()
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """`run_ranks(world, function, *args, timeout=120)`: the result of each rank."""
+    return run_ranks
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and validation/: 40 small modules of the standard library, 512 tokens, sequences of up to
+    32 divide the chunks. Not to be changed by a test."""
+    from pretrain.data.prepare import Options, prepare
+
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    small = (path for path in sorted(folder.glob("*.py")) if 2_000 < path.stat().st_size < 12_000)
+    files = [path for path, _ in zip(small, range(40), strict=False)]
+    out = tmp_path_factory.mktemp("data") / "shards"
+    options = Options(vocab_size=512, validation=0.1, tokens_per_chunk=4096)
+    prepare(files, out, options, processes=1, say=lambda _: None)
+    return out
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under CI a skipped test fails, but for the reasons in MAY_SKIP."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        if not reason.startswith(MAY_SKIP):
+            report.outcome = "failed"
+            report.longrepr = f"skipped where all tests must run: {reason}"
+    return report
