@@ -20,9 +20,9 @@ for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME
 for _variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_variable, None)
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.distributed import run_ranks, stop_zygote  # noqa: E402
+from tests.distributed import run_ranks, stop_zygote
 
 MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
 
@@ -53,7 +53,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = (path for path in sorted(folder.glob("*.py")) if 2_000 < path.stat().st_size < 12_000)
     files = [path for path, _ in zip(small, range(40), strict=False)]
     out = tmp_path_factory.mktemp("data") / "shards"
-    options = Options(vocab_size=512, validation=0.1, tokens_per_chunk=4096)
+    options = Options(vocab_size=512, validation=0.2, tokens_per_chunk=4096)
     prepare(files, out, options, processes=1, say=lambda _: None)
     return out
 

@@ -162,7 +162,7 @@ _warm: list[Zygote] = []
 
 
 def _zygote() -> Zygote:
-    if _warm and _warm[0].process.poll() is not None or _warm and _warm[0].connection.closed:
+    if _warm and (_warm[0].connection.closed or _warm[0].process.poll() is not None):
         stop_zygote()
     if not _warm:
         _warm.append(Zygote())

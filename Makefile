@@ -1,0 +1,65 @@
+# make demo: from a fresh machine to a trained model. See README.md.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SHARDS := shards/train/manifest.json
+
+.PHONY: help setup demo demo-parallel test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup          make .venv and install everything into it (about a minute)"
+	@echo "make demo           train a small GPT on Python's own sources and let it write (a few minutes on 2 cores)"
+	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
+	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
+	@echo "make check          style, types, and the direction of imports"
+	@echo "make bench          measure what the README claims"
+	@echo "make clean          remove caches and build leftovers (not .venv, shards/ and runs/)"
+
+setup: $(STAMP)
+
+# torch first: DeepSpeed's setup imports it, hence no build isolation either. The stamp comes last, so that an
+# installation that broke off is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check]'
+	@touch $@
+
+# prepare writes its folder whole or not at all, so that the manifest stands for all of it.
+$(SHARDS): | $(STAMP)
+	$(BIN)/python -m pretrain prepare --stdlib --out shards
+
+demo: $(STAMP) $(SHARDS)
+	$(BIN)/python -m pretrain train configs/gpt/demo.yaml
+	$(BIN)/python -m pretrain generate runs/demo --prompt "def " --max-tokens 120
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/python -m pretrain tensorboard runs/demo"
+	@echo "  $(BIN)/python -m pretrain evaluate runs/demo --data shards/validation"
+	@echo "  $(BIN)/python -m pretrain train configs/gpt/demo.yaml run.dir=runs/longer schedule.total='1000 steps'"
+
+demo-parallel: $(STAMP) $(SHARDS)
+	$(BIN)/python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2 parallel.pipeline=2 \
+	    run.dir=runs/demo-parallel schedule.total='20 steps' schedule.warmup='5 steps' batch.micro_size=4 \
+	    monitor.log_every='2 steps' monitor.validation_samples=32
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(STAMP) $(SHARDS)
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/stream.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
