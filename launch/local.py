@@ -53,8 +53,8 @@ def run(source: str, overrides: list[str], processes: int, dry_run: bool = False
         _show(command, environments, layout)
         return 0
     threads, logs = environments[0]["OMP_NUM_THREADS"], folder / "logs"
-    others = f"; ranks 1 to {processes - 1} write to {logs}" if processes > 1 else ""
-    _say(f"{processes} processes, {layout}, {threads} threads each{others}")
+    others = f"; other ranks write to {logs}" if processes > 1 else ""
+    _say(f"{processes} processes, OMP_NUM_THREADS={threads}: {layout}{others}")
     return Ranks(command, environments, logs).wait()
 
 
