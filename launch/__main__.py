@@ -13,16 +13,11 @@ EXAMPLE = "python -m launch local configs/gpt/demo.yaml --processes 4 parallel.t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message and gives 2."""
-    top, local = _parsers()
-    args, rest = top.parse_known_args(argv)
-    # argparse cannot take overrides both before and after the options, so it leaves them to us.
-    for word in rest:
-        if word.startswith("-") or "=" not in word:
-            local.error(f"{word!r} is no option and no section.key=value")
+    args = parse(argv)
     from launch.local import run
 
     try:
-        return run(args.config, rest, args.processes, args.dry_run)
+        return run(args.config, args.overrides, args.processes, args.dry_run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,10 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; a mistake among them exits 2. argparse cannot take overrides both before and after the
+    options, so they are what it leaves."""
+    top, local = _parsers()
+    args, rest = top.parse_known_args(argv)
+    args.overrides = rest
+    for word in rest:
+        if word.startswith("-") or "=" not in word:
+            local.error(f"{word!r} is no option and no section.key=value")
+    return args
+
+
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The whole parser, and that of `local`."""
     top = argparse.ArgumentParser(
-        prog="python -m launch", description="Start training runs on several processes.", epilog=f"example: {EXAMPLE}"
+        prog="python -m launch",
+        description="Start training runs on several processes.",
+        epilog="example: python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     local = commands.add_parser(
