@@ -55,6 +55,13 @@ class Grid:
             dist.all_reduce(values)
         return values
 
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; the others' is ignored."""
+        held = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(held)
+        return held[0]
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:

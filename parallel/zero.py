@@ -11,6 +11,8 @@ is not applied.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -227,13 +229,14 @@ class DeepSpeedEngine(_Counted):
         self.names = parameter_paths(stages)
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
-        self.engine, *_ = deepspeed.initialize(
-            model=nn.ModuleList(stages),
-            optimizer=self.optimizer,
-            config=_deepspeed_config(grid.layout.zero, options.clip_norm, bf16),
-            mpu=_Groups(grid),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
+            self.engine, *_ = deepspeed.initialize(
+                model=nn.ModuleList(stages),
+                optimizer=self.optimizer,
+                config=_deepspeed_config(grid.layout.zero, options.clip_norm, bf16),
+                mpu=_Groups(grid),
+                dist_init_required=False,
+            )
         _start_state(self.optimizer)
         self._shares = list(self._find_shares())
 
@@ -275,6 +278,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed with its logging quiet and, on a CPU, without the operator that it would compile at first use."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed refuses to start where it is missing
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.utils import logger

@@ -76,6 +76,22 @@ def optimizer_options(config: Config) -> AdamWOptions:
     return AdamWOptions(optimizer.betas, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm)
 
 
+def choose_precision(config: Config, grid: Grid) -> Config:
+    """The config with precision.compute decided, by rank 0 for all, as it is kept in the run's folder."""
+    if config.precision.compute != "auto":
+        return config
+    compute = grid.from_first("bf16" if computes_in_bf16(grid.device) else "fp32")
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": compute})})
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 instructions. A CPU without them emulates: 5 to 30 times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
 def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
     """Whether torch.compile runs, and the reason in words."""
     wish = config.precision.compile

@@ -222,17 +222,16 @@ def latest(run: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint |
 
 def latest_everywhere(run: Path, grid: Grid, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """`latest`, looked up by rank 0 alone and told to the others."""
-    found: list[Any] = [None]
+    found: Any = None
     if grid.rank == 0:
         try:
-            found = [latest(run, warn)]
+            found = latest(run, warn)
         except UserError as error:
-            found = [error]
-    if grid.world > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+            found = error
+    found = grid.from_first(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 # -- loading -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,10 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
     problems = layout_problems(config.parallel, shapes_of(config), world)
     folder = Path(config.run.dir)
     if (folder / CONFIG).is_file() and any((folder / CHECKPOINTS).glob("step-*")):
-        problems += resume_problems(load_config(folder / CONFIG), config)
+        saved = load_config(folder / CONFIG)
+        if config.precision.compute == "auto":  # was decided when the run began
+            config = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": saved.precision.compute})})
+        problems += resume_problems(saved, config)
     if problems:
         raise problem_error(f"{source}: this run cannot start", problems)
     if folder.exists() and not (folder / CONFIG).is_file() and _foreign(folder):

@@ -19,7 +19,7 @@ from parallel.grid import Grid, start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
 from parallel.zero import Step
 from pretrain import checkpoint, runs
-from pretrain.build import Built, build
+from pretrain.build import Built, build, choose_precision
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
 from pretrain.config.run import Config
@@ -240,6 +240,7 @@ def main(config: Config, sources: Sources) -> int:
     layout = Layout.of(config.parallel, rank_and_world()[1])
     interrupt = Interrupt.watch()
     grid = start_grid(layout, config.parallel.timeout)
+    config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     runs.claim_folder(config, grid, sources)
     with Reporter(config, grid, run.facts()) as run.reporter:

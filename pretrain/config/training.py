@@ -85,7 +85,9 @@ class ScheduleConfig(Section):
 class PrecisionConfig(Section):
     """Number formats; master weights and optimizer state are always fp32."""
 
-    compute: Literal["bf16", "fp32"] = meaning("bf16", "bf16 or fp32: of weights, activations and matrix products")
+    compute: Literal["auto", "bf16", "fp32"] = meaning(
+        "auto", "of weights, activations and products: bf16, fp32, or auto (bf16 where the device computes in it, else fp32)"
+    )
     compile: Literal["auto", "always", "never"] = meaning(
         "auto", "torch.compile: auto (where it works and a compiler is found), always or never"
     )
