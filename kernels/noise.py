@@ -95,7 +95,9 @@ def normal(purpose: int, shape: tuple[int, ...], offset: tuple[int, ...], size: 
     Element (i, j) depends on (purpose, i, j) alone. Box-Muller (Box and Muller 1958) on two 32-bit hashes, in float64.
     """
     rows = torch.arange(offset[0], offset[0] + size[0], dtype=torch.int32)
-    columns = torch.arange(offset[1], offset[1] + size[1], dtype=torch.int32) if len(shape) == 2 else torch.zeros(1).int()
+    columns = (
+        torch.arange(offset[1], offset[1] + size[1], dtype=torch.int32) if len(shape) == 2 else torch.zeros(1).int()
+    )
     row_keys = mix(mix(rows + _i32(purpose)) ^ _i32(purpose * 0x9E3779B9))[:, None]
     first = mix(row_keys + mix(2 * columns)[None, :])
     second = mix(row_keys + mix(2 * columns + 1)[None, :])

@@ -56,9 +56,7 @@ def held_boxes(engine: Engine, grid: Grid) -> list[Box]:
     """Copies of what this rank writes. Over all ranks the boxes tile every logical tensor exactly once. Collective."""
     shares = [share for share in engine.shares() if counts_once(share.parameter, grid.tensor.rank)]
     rows = _replicated_rows(shares, grid) if engine.replicated else _sharded_rows(shares, grid)
-    return [
-        box for share, first, values in rows for box in boxes_of_rows(share.path, share.parameter, first, values)
-    ]
+    return [box for share, first, values in rows for box in boxes_of_rows(share.path, share.parameter, first, values)]
 
 
 Rows = tuple[Share, int, dict[str, Tensor]]

@@ -69,7 +69,9 @@ class Parts:
 
     def table(self, rows: int, hidden_size: int, std: float) -> nn.Parameter:
         """A replicated table (learned positions) that is applied to this rank's slice of the sequence."""
-        return _summed(describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), decay=True), self.axis)
+        return _summed(
+            describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), decay=True), self.axis
+        )
 
     # -- places ------------------------------------------------------------------------------------------------
 

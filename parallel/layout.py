@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,13 +20,18 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     tensor: int = Field(1, ge=1, description="ranks that share each layer's weights (Shoeybi et al. 2019)")
-    sequence: bool = Field(False, description="tensor ranks also share the sequence between the layers (Korthikanti et al. 2022)")
+    sequence: bool = Field(
+        False, description="tensor ranks also share the sequence between the layers (Korthikanti et al. 2022)"
+    )
     context: int = Field(1, ge=1, description="ranks that share each sequence; only 1 for now")
     pipeline: int = Field(1, ge=1, description="stages that the layers are cut into (1F1B; Narayanan et al. 2021)")
     virtual: int = Field(1, ge=1, description="parts of the layers a pipeline rank holds, interleaved; 1: one")
-    zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 0, or 1 (optimizer state shared over data-parallel ranks)")
+    zero: int = Field(
+        1, ge=0, le=3, description="ZeRO stage: 0, or 1 (optimizer state shared over data-parallel ranks)"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations made again in the backward pass: none, selective (attention) or full (each layer)"
+        "none",
+        description="activations made again in the backward pass: none, selective (attention) or full (each layer)",
     )
     timeout: float = Field(600.0, gt=0, description="seconds after which a rank that waits for the others gives up")
 
@@ -68,16 +73,16 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=1`; what is not named is 1, zero is 0."""
         names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual", "dp": "data", "zero": "zero"}
-        layout = cls()
+        degrees: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             match = re.fullmatch(r"([a-z]+)=?(\d+)", part)
             if part == "sp":
-                layout = replace(layout, sequence=True)
+                degrees["sequence"] = True
             elif match and match[1] in names:
-                layout = replace(layout, **{names[match[1]]: int(match[2])})
+                degrees[names[match[1]]] = int(match[2])
             else:
                 raise ValueError(f"layout {text!r}: {part!r} is none of {', '.join(f'{n}=N' for n in names)} or sp")
-        return layout
+        return cls(**degrees)
 
     def __str__(self) -> str:
         degrees = {"tp": self.tensor, "cp": self.context, "pp": self.pipeline, "vp": self.virtual, "dp": self.data}
@@ -114,7 +119,12 @@ class Shapes(NamedTuple):
 
 def layout_problems(parallel: ParallelConfig, shapes: Shapes, world: int) -> list[Problem]:
     """Everything that keeps a run of these shapes from `world` processes under this layout; empty if it fits."""
-    return [*_unsupported(parallel), *_tensor(parallel, shapes), *_pipeline(parallel, shapes), *_batch(parallel, shapes, world)]
+    return [
+        *_unsupported(parallel),
+        *_tensor(parallel, shapes),
+        *_pipeline(parallel, shapes),
+        *_batch(parallel, shapes, world),
+    ]
 
 
 def _unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
@@ -122,7 +132,9 @@ def _unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("parallel.context", "context parallelism is not there yet", "set parallel.context=1")
     if parallel.zero > 1:
         yield Problem(
-            "parallel.zero", f"ZeRO stage {parallel.zero} is not there yet: its gradients are not proven", "set parallel.zero=1"
+            "parallel.zero",
+            f"ZeRO stage {parallel.zero} is not there yet: its gradients are not proven",
+            "set parallel.zero=1",
         )
 
 
@@ -138,11 +150,15 @@ def _tensor(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
     for path, extent in extents.items():
         if extent % degree:
             yield Problem(
-                "parallel.tensor", f"{degree} does not divide {path} {extent}", f"the nearest that works: {_fits(extents, degree)}"
+                "parallel.tensor",
+                f"{degree} does not divide {path} {extent}",
+                f"the nearest that works: {_fits(extents, degree)}",
             )
     if 128 % degree:  # the vocabulary is padded to a multiple of 128 whatever the layout
         yield Problem(
-            "parallel.tensor", f"{degree} does not divide the vocabulary (padded to 128s)", f"the nearest that works: {_fits(extents, degree)}"
+            "parallel.tensor",
+            f"{degree} does not divide the vocabulary (padded to 128s)",
+            f"the nearest that works: {_fits(extents, degree)}",
         )
     if parallel.sequence and degree == 1:
         yield Problem("parallel.sequence", "has no effect without tensor parallelism", "set parallel.sequence=false")
@@ -160,7 +176,11 @@ def _pipeline(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
         path = "parallel.pipeline" if parallel.virtual == 1 else "parallel.virtual"
         what = "" if parallel.virtual == 1 else f" x virtual {parallel.virtual}"
         works = [d for d in range(1, layers + 1) if layers % (d * parallel.virtual) == 0]
-        mend = f"the nearest that works: pipeline {min(works, key=lambda d: abs(d - parallel.pipeline))}" if works else "set virtual=1"
+        mend = (
+            f"the nearest that works: pipeline {min(works, key=lambda d: abs(d - parallel.pipeline))}"
+            if works
+            else "set virtual=1"
+        )
         yield Problem(path, f"pipeline {parallel.pipeline}{what} does not divide model.num_layers {layers}", mend)
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield Problem("parallel.virtual", "has no effect without a pipeline", "set parallel.virtual=1")
@@ -171,7 +191,9 @@ def _batch(parallel: ParallelConfig, shapes: Shapes, world: int) -> Iterator[Pro
     if world % model:
         nearest = max(model, round(world / model) * model)
         yield Problem(
-            "parallel", f"tensor x context x pipeline = {model} does not divide the {world} processes", f"start {nearest} processes"
+            "parallel",
+            f"tensor x context x pipeline = {model} does not divide the {world} processes",
+            f"start {nearest} processes",
         )
         return
     ranks = world // model
@@ -183,7 +205,11 @@ def _one_batch(parallel: ParallelConfig, micro: int, ranks: int, size: int, ramp
     path = "batch.ramp" if ramp else "batch.size"
     if size % ranks:
         nearest = max(ranks, round(size / ranks) * ranks)
-        yield Problem(path, f"{size} sequences cannot be shared by {ranks} data-parallel ranks", f"the nearest that works: {nearest}")
+        yield Problem(
+            path,
+            f"{size} sequences cannot be shared by {ranks} data-parallel ranks",
+            f"the nearest that works: {nearest}",
+        )
         return
     share = size // ranks
     if share % micro:
@@ -196,7 +222,9 @@ def _one_batch(parallel: ParallelConfig, micro: int, ranks: int, size: int, ramp
     elif parallel.virtual > 1 and share // micro % parallel.pipeline:
         yield Problem(
             "batch.micro_size",
-            f"the interleaved schedule needs a multiple of {parallel.pipeline} micro-batches, {size} sequences give {share // micro}",
-            f"set a micro_size that divides {share // parallel.pipeline}" if share % parallel.pipeline == 0 else "set parallel.virtual=1",
+            f"the interleaved schedule needs a multiple of {parallel.pipeline} micro-batches, "
+            f"{size} sequences give {share // micro}",
+            f"set a micro_size that divides {share // parallel.pipeline}"
+            if share % parallel.pipeline == 0
+            else "set parallel.virtual=1",
         )
-

@@ -101,7 +101,8 @@ def set_weights(engine: Engine, values: Callable[[str, nn.Parameter], Tensor]) -
 
 def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); no decay on norms and biases."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in parameters:
         (decayed if parameter.decay else plain).append(parameter)  # type: ignore[attr-defined]
     groups = [

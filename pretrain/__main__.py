@@ -42,8 +42,8 @@ def check_packages() -> None:
         found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
         if found is None or found.parent.parent != home:
             raise UserError(
-                f"the package {name!r} is {'missing' if found is None else f'another one, in {found.parent}'}; this program's own "
-                f"is in {home}: uninstall the other, or run from a virtual environment of its own"
+                f"the package {name!r} is {'missing' if found is None else f'another one, in {found.parent}'}; this "
+                f"program's own is in {home}: uninstall the other, or run from a virtual environment of its own"
             )
 
 
@@ -64,7 +64,9 @@ def _train(args: argparse.Namespace) -> int:
         print(help_config(), end="")
         return 0
     if args.config is None:
-        raise UserError("name a config file or a run's folder, for example: python -m pretrain train configs/gpt/demo.yaml")
+        raise UserError(
+            "name a config file or a run's folder, for example: python -m pretrain train configs/gpt/demo.yaml"
+        )
     from parallel.layout import rank_and_world
     from pretrain.data.sources import Sources
     from pretrain.runs import open_config
@@ -98,7 +100,9 @@ def _tensorboard(args: argparse.Namespace) -> int:
     folders = {run: Path(run) / "tensorboard" for run in args.runs}
     missing = [run for run, folder in folders.items() if not folder.is_dir()]
     if missing:
-        raise UserError(f"no TensorBoard files in {', '.join(missing)}: these are no runs' folders, or monitor.tensorboard is off")
+        raise UserError(
+            f"no TensorBoard files in {', '.join(missing)}: these are no runs' folders, or monitor.tensorboard is off"
+        )
     names = ",".join(f"{Path(run).resolve().name}:{folder}" for run, folder in folders.items())
     command = ["-m", "tensorboard.main", "--logdir_spec", names, "--port", str(args.port), "--host", args.host]
     os.execv(sys.executable, [sys.executable, *command])
@@ -117,60 +121,122 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: object, words: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=words, description=words, epilog=f"example: python -m pretrain {example}")
+        command = commands.add_parser(
+            name, help=words, description=words, epilog=f"example: python -m pretrain {example}"
+        )
         command.set_defaults(run=run)
         return command
 
-    _prepare_options(add("prepare", _prepare, "Text to shards of tokens.", "prepare corpus/ --out shards --vocab-size 8192"))
+    _prepare_options(
+        add("prepare", _prepare, "Text to shards of tokens.", "prepare corpus/ --out shards --vocab-size 8192")
+    )
     train = add("train", _train, "Train, or go on training.", "train configs/gpt/demo.yaml run.seed=2")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a run's folder to go on with")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
-    train.add_argument("--help-config", action="store_true", help="print every field with its default and meaning, as YAML")
+    train.add_argument(
+        "--help-config", action="store_true", help="print every field with its default and meaning, as YAML"
+    )
     _use_options(add)
     return top
 
 
 def _prepare_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .jsonl(.gz, .zst), folders, or - for standard input")
-    command.add_argument("--out", required=True, metavar="DIR", help="new folder for train/, validation/ and the report")
+    command.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="text files, .jsonl(.gz, .zst), folders, or - for standard input"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="new folder for train/, validation/ and the report"
+    )
     command.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources as corpus")
-    command.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer that is trained (default: 8192, or what the text supports)")
+    command.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="of the tokenizer that is trained (default: 8192, or what the text supports)",
+    )
     command.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece .model to use instead of training one")
     command.add_argument("--model-type", choices=("bpe", "unigram"), help="kind of tokenizer to train (default: bpe)")
     command.add_argument("--user-symbols", nargs="+", metavar="TEXT", help="strings that always are one token")
-    command.add_argument("--validation", type=float, metavar="FRACTION", help="share of documents held out, by their hash (default: 0.01)")
-    command.add_argument("--split", choices=("file", "blank-line"), help="what a document is in text files (default: file)")
+    command.add_argument(
+        "--validation",
+        type=float,
+        metavar="FRACTION",
+        help="share of documents held out, by their hash (default: 0.01)",
+    )
+    command.add_argument(
+        "--split", choices=("file", "blank-line"), help="what a document is in text files (default: file)"
+    )
     command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
-    command.add_argument("--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)")
-    command.add_argument("--processes", type=int, metavar="N", help="processes that tokenize (default: one a core); never changes the result")
-    command.add_argument("--max-train-bytes", type=int, metavar="N", help="text that the tokenizer is trained on, at most (default: 32 MiB)")
+    command.add_argument(
+        "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
+    )
+    command.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes that tokenize (default: one a core); never changes the result",
+    )
+    command.add_argument(
+        "--max-train-bytes",
+        type=int,
+        metavar="N",
+        help="text that the tokenizer is trained on, at most (default: 32 MiB)",
+    )
     command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
-    command.add_argument("--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it")
+    command.add_argument(
+        "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
+    )
 
 
 def _use_options(add: object) -> None:
     """Options of the commands that use what was prepared or trained."""
     assert callable(add)
-    evaluate = add("evaluate", _evaluate, "Loss, perplexity and bits per byte, as one JSON line.", "evaluate runs/demo --data shards/validation")
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Loss, perplexity and bits per byte, as one JSON line.",
+        "evaluate runs/demo --data shards/validation",
+    )
     evaluate.add_argument("run_folder", metavar="RUN")
-    evaluate.add_argument("--data", required=True, metavar="DIR|TEXT", help="a folder of shards, a text file or a folder of them")
-    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens scored a window (default: the model's length); less gives each more context")
+    evaluate.add_argument(
+        "--data", required=True, metavar="DIR|TEXT", help="a folder of shards, a text file or a folder of them"
+    )
+    evaluate.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens scored a window (default: the model's length); less gives each more context",
+    )
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (default: 8)")
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
-    generate = add("generate", _generate, "Text by a trained model.", 'generate runs/demo --prompt "def main" --temperature 0.8')
+    generate = add(
+        "generate", _generate, "Text by a trained model.", 'generate runs/demo --prompt "def main" --temperature 0.8'
+    )
     generate.add_argument("run_folder", metavar="RUN")
     generate.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with")
     generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length at most (default: 200)")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: 0, all)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that together reach P (default: 1)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: 0, all)"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest that together reach P (default: 1)",
+    )
     generate.add_argument("--seed", type=int, default=1, metavar="N", help="of the drawing (default: 1)")
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts (default: 1)")
     generate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
     inspect.add_argument("path", metavar="RUN|DATA")
     inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
-    inspect.add_argument("--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)")
+    inspect.add_argument(
+        "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
+    )
     inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
     board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
     board.add_argument("runs", nargs="+", metavar="RUN")

@@ -101,7 +101,9 @@ def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
         return False, "eager (tensor parallelism's collectives would break the graph)"
     if grid.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         if wish == "always":
-            raise UserError("precision.compile: always needs a C++ compiler (g++) on PATH; install one, or set it to auto")
+            raise UserError(
+                "precision.compile: always needs a C++ compiler (g++) on PATH; install one, or set it to auto"
+            )
         return False, "eager (no C++ compiler found; training is faster with g++ installed)"
     _private_compile_cache()
     return True, "compiled"

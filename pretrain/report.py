@@ -1,3 +1,265 @@
-"""What a run says of itself: terminal, metrics.jsonl and TensorBoard, on rank 0; silence on the others."""
+"""What a run says of itself, by rank 0: the terminal, metrics.jsonl, TensorBoard and summary.json.
+
+Rates are of the wall clock between steps, all included (data, forward, backward, update, this report) but validation,
+samples and saving; the first step after a start compiles and warms up, and is left out.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from parallel.grid import Grid
+from pretrain.board import Board
+from pretrain.checkpoint import State
+from pretrain.config.run import Config
+from pretrain.flops import flops_per_token, peak_flops
+from pretrain.metrics import Metrics
+from pretrain.terminal import Terminal
+from pretrain.validation import Result
+
+SUMMARY = "summary.json"
+
+
+class Facts(NamedTuple):
+    """What is known of a run when it begins."""
+
+    parameters: int
+    vocab_size: int
+    samples_per_epoch: int
+    total_steps: int
+    total_tokens: int
+    compiled: str
+
+
+class Silent:
+    """Says nothing: every rank but the first, and tests."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin(self, state: State) -> None:
+        """The run stands at `state` and goes on from there."""
+
+    def warn(self, text: str) -> None: ...
+
+    def step_done(self, tokens: int, waited: float) -> None:
+        """A step over `tokens` ended, of which `waited` seconds were for data."""
+
+    def log(self, **fields: Any) -> None:
+        """The numbers of a step that is due."""
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training, and counts for no rate."""
+        yield
+
+    def validation(self, step: int, tokens: int, result: Result) -> None: ...
+
+    def text(self, step: int, text: str) -> None:
+        """A text by the model."""
+
+    def saved(self, step: int, seconds: float) -> None: ...
+
+    def end(self, state: State, reason: str) -> None:
+        """The run ends: "finished", "stopped" (it was asked to), "early-stop" or "diverged"."""
+
+
+class Rates:
+    """Time, tokens and waiting of the steps since the last report."""
+
+    def __init__(self) -> None:
+        self.warm = False
+        self.started = self.clear()
+
+    def clear(self) -> float:
+        self.seconds, self.steps, self.tokens, self.waited = 0.0, 0, 0, 0.0
+        self.started = time.perf_counter()
+        return self.started
+
+    def add(self, tokens: int, waited: float) -> None:
+        now = time.perf_counter()
+        if self.warm:
+            self.seconds += now - self.started
+            self.steps, self.tokens, self.waited = self.steps + 1, self.tokens + tokens, self.waited + waited
+        self.started, self.warm = now, True
+
+    def fields(self) -> dict[str, float]:
+        if not self.steps:
+            return {}
+        return {
+            "tokens_per_second": self.tokens / self.seconds,
+            "step_seconds": self.seconds / self.steps,
+            "data_seconds": self.waited / self.steps,
+        }
+
+
+class Reporter(Silent):
+    """Rank 0's report. Used as a context, so that the terminal is whole again however the run ends."""
+
+    def __init__(self, config: Config, grid: Grid, facts: Facts) -> None:
+        self.config, self.grid, self.facts = config, grid, facts
+        self.folder = Path(config.run.dir)
+        self.terminal = Terminal(facts.total_steps)
+        self.metrics: Metrics | None = None
+        self.board: Board | None = None
+        self.rates = Rates()
+        self.session, self.trained, self.trained_seconds = time.perf_counter(), 0, 0.0
+        self.latest: dict[str, float] = {}
+        peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
+        self.flops = flops_per_token(config.model, facts.vocab_size, config.data.seq_length)
+        self.peak = peak * grid.world if peak else None
+
+    def __exit__(self, *_: object) -> None:
+        self.terminal.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.board is not None:
+            self.board.close(ended=False)
+
+    def begin(self, state: State) -> None:
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self.metrics = Metrics(self.folder, state.step)
+        if self.config.monitor.tensorboard:
+            self.board = Board(self.config, state.step, self.facts.parameters)
+        self.terminal.say(*self._introduction(state))
+        self.terminal.start(state.step)
+        self.rates.clear()
+
+    def _introduction(self, state: State) -> Iterator[str]:
+        config, facts, device = self.config, self.facts, self.grid.device
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        epochs = facts.total_tokens / max(facts.samples_per_epoch * config.data.seq_length, 1)
+        yield (
+            f"{self.folder}: {config.model.kind} of {short(facts.parameters)} parameters, {config.precision.compute}, "
+            f"{facts.compiled}, on {where}, layout {self.grid.layout}"
+        )
+        folders = ", ".join(config.data.train_folders)
+        yield f"{facts.total_steps:,} steps, {short(facts.total_tokens)} tokens ({epochs:.2f} epochs of {folders})"
+        if state.step:
+            yield f"going on after step {state.step:,}"
+
+    def warn(self, text: str) -> None:
+        self.terminal.say(f"warning: {text}")
+
+    def step_done(self, tokens: int, waited: float) -> None:
+        self.rates.add(tokens, waited)
+        self.terminal.step()
+
+    def log(self, **fields: Any) -> None:
+        assert self.metrics is not None
+        rates = self.rates.fields()
+        fields |= {**rates, "memory_bytes": self._memory()}
+        if rates and self.peak:
+            fields["mfu"] = rates["tokens_per_second"] * self.flops / self.peak
+        self.trained += self.rates.tokens
+        self.trained_seconds += self.rates.seconds
+        self.metrics.write(fields)
+        if self.board is not None:
+            self.board.scalars(fields["step"], {**fields, "epochs": fields["samples"] / self.facts.samples_per_epoch})
+        self.latest = fields
+        self.terminal.log(fields)
+        self.rates.clear()
+
+    def _memory(self) -> int:
+        """Bytes that rank 0 holds at most: of the GPU's memory, or of the process."""
+        if self.grid.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.grid.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.rates.started += time.perf_counter() - before
+
+    def validation(self, step: int, tokens: int, result: Result) -> None:
+        assert self.metrics is not None
+        fields = {"step": step, "tokens": tokens, "validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        self.metrics.write({**fields, "validation_targets": result.targets})
+        if self.board is not None:
+            self.board.scalars(step, fields)
+        self.latest = {**self.latest, "validation_loss": result.loss}
+        self.terminal.say(f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits a byte")
+
+    def text(self, step: int, text: str) -> None:
+        if self.board is not None:
+            self.board.text(step, text)
+        self.terminal.say(f"step {step:,}, a text by the model:", *(f"  | {line}" for line in text.splitlines()[:12]))
+
+    def saved(self, step: int, seconds: float) -> None:
+        self.terminal.say(f"step {step:,}: saved in {seconds:.1f} s")
+
+    def end(self, state: State, reason: str) -> None:
+        speed = self.trained / self.trained_seconds if self.trained_seconds else None
+        first = next((line["validation_loss"] for line in self._validations()), None)
+        last = self.latest.get("validation_loss")
+        summary = {
+            "reason": reason,
+            "step": state.step,
+            "samples": state.samples,
+            "tokens": state.samples * self.config.data.seq_length,
+            "parameters": self.facts.parameters,
+            "loss": self.latest.get("loss"),
+            "validation_loss": last,
+            "best_validation_loss": state.best_loss,
+            "best_step": state.best_step,
+            "tokens_per_second": speed,
+            "session_seconds": time.perf_counter() - self.session,
+        }
+        partial = self.folder / f".{SUMMARY}.partial"
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        os.replace(partial, self.folder / SUMMARY)
+        if self.board is not None:
+            self.board.close(ended=True)
+            self.board = None
+        self.terminal.close()
+        self.terminal.say(*self._farewell(state, reason, first, last, speed))
+
+    def _validations(self) -> Iterator[dict[str, Any]]:
+        from pretrain.metrics import read_metrics
+
+        return (line for line in read_metrics(self.folder) if "validation_loss" in line)
+
+    def _farewell(
+        self, state: State, reason: str, first: float | None, last: float | None, speed: float | None
+    ) -> Iterator[str]:
+        told = f", {speed:,.0f} tokens/s" if speed else ""
+        if reason == "finished":
+            yield f"finished: {state.step:,} steps, {short(state.samples * self.config.data.seq_length)} tokens{told}"
+        if reason == "early-stop":
+            best = f"the best validation loss was {state.best_loss:.4f} at step {state.best_step}"
+            yield f"stopped early at step {state.step:,}: {best}"
+        if reason == "diverged":
+            yield (
+                f"stopped at step {state.step:,}: {state.bad_steps} steps in a row had no finite gradient. Lower "
+                f"optimizer.learning_rate or lengthen schedule.warmup, and start again in another run.dir"
+            )
+        if first is not None and last is not None:
+            yield f"validation loss {first:.3f} at the start, {last:.3f} now"
+        if reason == "stopped":
+            yield f"stopped after step {state.step:,}, which is saved{told}. Go on with"
+            yield f"  python -m pretrain train {self.folder}"
+
+
+def short(count: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"

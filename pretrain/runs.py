@@ -39,7 +39,9 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
     if (folder / CONFIG).is_file() and any((folder / CHECKPOINTS).glob("step-*")):
         saved = load_config(folder / CONFIG)
         if config.precision.compute == "auto":  # was decided when the run began
-            config = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": saved.precision.compute})})
+            config = config.model_copy(
+                update={"precision": config.precision.model_copy(update={"compute": saved.precision.compute})}
+            )
         problems += resume_problems(saved, config)
     if problems:
         raise problem_error(f"{source}: this run cannot start", problems)
@@ -49,7 +51,9 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
 
 
 def _foreign(folder: Path) -> bool:
-    return not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir())  # the launcher opens logs/ first
+    return not folder.is_dir() or any(
+        path.name != "logs" for path in folder.iterdir()
+    )  # the launcher opens logs/ first
 
 
 def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
@@ -86,4 +90,3 @@ def run_config(run: Path) -> Config:
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: no {CONFIG} in it, so this is no run's folder")
     return load_config(run / CONFIG, [f"run.dir={json.dumps(str(run))}"])
-

@@ -126,9 +126,7 @@ class _Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return [
-            dataclasses.replace(
-                plan, storage_data={"shard_index": rank, "fqn_to_index_mapping": _files_of(plan.items)}
-            )
+            dataclasses.replace(plan, storage_data={"shard_index": rank, "fqn_to_index_mapping": _files_of(plan.items)})
             for rank, plan in enumerate(plans, start=1)
         ]
 

@@ -22,15 +22,17 @@ from pretrain import checkpoint, runs
 from pretrain.build import Built, build, choose_precision
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
+from pretrain.config.model import parameter_count
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
 from pretrain.errors import UserError
 from pretrain.generate import Sampling, sample_text
 from pretrain.interrupt import Interrupt
+from pretrain.models.gpt import GPT
 from pretrain.objectives.batch import Batch
 from pretrain.objectives.causal import Causal
-from pretrain.report import Reporter, Silent
+from pretrain.report import Facts, Reporter, Silent
 from pretrain.schedule import Plan
 from pretrain.validation import Validation
 
@@ -49,18 +51,19 @@ class StepData(NamedTuple):
 
 def train(run: Run) -> str:
     """Step until the schedule ends or something else does; returns what."""
+    if run.state.step == 0:
+        run.validate()
     for data in run.data():
-        started = time.perf_counter()
         loss = run.forward_backward(data)
         update = run.engine.step(run.learning_rate())
         run.advance(data, update)
-        run.log(data, loss, update, time.perf_counter() - started)
+        run.log(data, loss, update)
         if run.due(run.config.monitor.validate_every) or run.at_end:
             run.validate()
         if run.due(run.config.monitor.sample_every):
             run.sample()
-        reason = run.ending(data)
-        if reason or run.due(run.config.checkpoint.every):
+        reason = run.ending(data.stop)
+        if reason or run.due(run.config.checkpoint.every) or run.is_best:
             run.save()
         if reason:
             return reason
@@ -88,7 +91,9 @@ class Run:
     def data(self) -> Iterator[StepData]:
         """The steps from here to the schedule's end; one prefetch thread reads ahead."""
         steps = self.plan.steps_from(self.state.step)
-        source = prefetch(self.sources.train, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch)
+        source = prefetch(
+            self.sources.train, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch
+        )
         try:
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
@@ -143,8 +148,8 @@ class Run:
     def due(self, every: Span | None) -> bool:
         return self.plan.due(every, self.before.step, self.state.step)
 
-    def log(self, data: StepData, loss: torch.Tensor, update: Step, seconds: float) -> None:
-        self.reporter.step_done(data.size * self.config.data.seq_length, seconds, data.waited)
+    def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
+        self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         ours = self.grid.reads_loss
@@ -184,10 +189,16 @@ class Run:
         self.built.train(False)
         with self.reporter.pause():
             model = self.built.stages[0].module
+            assert isinstance(model, GPT)
             text = sample_text(model, self.tokenizer, monitor.sample_prompt, monitor.sample_tokens, Sampling(0.8, 50))
         self.reporter.text(self.state.step, text)
 
-    def ending(self, data: StepData) -> str:
+    @property
+    def is_best(self) -> bool:
+        """This step was validated, no step had a better loss, and the best is to be kept."""
+        return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
+
+    def ending(self, stop: bool) -> str:
         """Why the run ends after this step; empty while it goes on."""
         state, patience = self.state, self.config.monitor.patience
         if state.bad_steps >= self.config.run.max_bad_steps:
@@ -196,7 +207,7 @@ class Run:
             return "early-stop"
         if self.at_end:
             return "finished"
-        return "stopped" if data.stop else ""
+        return "stopped" if stop else ""
 
     def save(self) -> None:
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
@@ -204,7 +215,9 @@ class Run:
         with self.reporter.pause():
             started = time.perf_counter()
             try:
-                checkpoint.save(self.folder, self.state, self.engine, self.grid, runs.about(self.grid, self.sources.fingerprint))
+                checkpoint.save(
+                    self.folder, self.state, self.engine, self.grid, runs.about(self.grid, self.sources.fingerprint)
+                )
             except OSError as error:
                 raise UserError(self._disk_message(error)) from error
             if self.grid.rank == 0:
@@ -232,7 +245,19 @@ class Run:
                 )
             checkpoint.load_engine(found, self.engine)
             self.state = self.before = found.state
-        self.reporter.begin(self.state, self.plan.total_steps, self.built.compiled)
+        self.reporter.begin(self.state)
+
+    def facts(self) -> Facts:
+        model, stream = self.config.model, self.sources.train
+        vocab_size, length = model.vocab_size or stream.vocab_size, self.config.data.seq_length
+        return Facts(
+            parameters=parameter_count(model, vocab_size, length),
+            vocab_size=vocab_size,
+            samples_per_epoch=stream.samples_per_epoch,
+            total_steps=self.plan.total_steps,
+            total_tokens=self.plan.tokens_before(self.plan.total_steps),
+            compiled=self.built.compiled,
+        )
 
 
 def main(config: Config, sources: Sources) -> int:
@@ -243,9 +268,9 @@ def main(config: Config, sources: Sources) -> int:
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     runs.claim_folder(config, grid, sources)
-    with Reporter(config, grid, run.facts()) as run.reporter:
+    with Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent() as run.reporter:
         run.resume()
-        reason = "finished" if run.state.step >= run.plan.total_steps else train(run)
+        reason = run.ending(stop=False) or train(run)
         run.reporter.end(run.state, reason)
     stop_grid()
     return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)

@@ -20,7 +20,16 @@ from pretrain.errors import UserError
 
 # What may differ when a run is resumed. Nothing here decides the numbers of a step: the data is known by its hashes,
 # wherever it lies. schedule.total may only grow.
-FREE = ("parallel", "monitor", "checkpoint", "batch.micro_size", "run.dir", "data.train", "data.validation", "data.prefetch")
+FREE = (
+    "parallel",
+    "monitor",
+    "checkpoint",
+    "batch.micro_size",
+    "run.dir",
+    "data.train",
+    "data.validation",
+    "data.prefetch",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,7 +53,9 @@ def dump_config(config: Config) -> str:
 
 def problem_error(title: str, problems: Iterable[Problem]) -> UserError:
     """One error of many problems."""
-    lines = [f"  {problem.path}: {problem.message}" + (f"; {problem.mend}" if problem.mend else "") for problem in problems]
+    lines = [
+        f"  {problem.path}: {problem.message}" + (f"; {problem.mend}" if problem.mend else "") for problem in problems
+    ]
     return UserError("\n".join([f"{title}:", *lines]))
 
 
@@ -115,7 +126,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a configuration is a mapping of sections ({', '.join(Config.model_fields)}), found {values!r:.60}")
+        raise UserError(
+            f"{path}: a configuration is a mapping of sections ({', '.join(Config.model_fields)}), found {values!r:.60}"
+        )
     return values
 
 
@@ -129,7 +142,9 @@ def _apply(values: dict[str, Any], override: str) -> list[Problem]:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        return [Problem(override, "not of the form section.key=value", "write for example optimizer.learning_rate=3e-4")]
+        return [
+            Problem(override, "not of the form section.key=value", "write for example optimizer.learning_rate=3e-4")
+        ]
     try:
         value = yaml.parse(text)
     except ValueError as error:

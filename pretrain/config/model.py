@@ -16,7 +16,9 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "ntk", "llama3"] = meaning("linear", "linear, ntk or llama3")
     factor: float = meaning(1.0, "how many times longer the sequences become", ge=1.0)
-    low_frequency_factor: float = meaning(1.0, "llama3: below this many turns in the original length, slow down fully", gt=0)
+    low_frequency_factor: float = meaning(
+        1.0, "llama3: below this many turns in the original length, slow down fully", gt=0
+    )
     high_frequency_factor: float = meaning(4.0, "llama3: above this many turns, leave as it is", gt=0)
     original_positions: int = meaning(8192, "llama3: positions that the model was trained on", ge=1)
 
@@ -28,7 +30,9 @@ class ModelConfig(Section):
     num_layers: int = meaning(6, "Transformer blocks", ge=1)
     hidden_size: int = meaning(384, "features of the residual stream", ge=1)
     num_heads: int = meaning(6, "attention heads", ge=1)
-    num_kv_heads: int | None = meaning(None, "key/value heads, each shared by equally many heads; null: num_heads", ge=1)
+    num_kv_heads: int | None = meaning(
+        None, "key/value heads, each shared by equally many heads; null: num_heads", ge=1
+    )
     head_size: int | None = meaning(None, "features of a head; null: hidden_size / num_heads", ge=1)
     ffn_hidden_size: int | None = meaning(
         None, "features inside the feed-forward layer; null: 4 x hidden_size, or 8/3 x (to the next 64) if gated", ge=1
@@ -37,14 +41,20 @@ class ModelConfig(Section):
         "gelu", "gelu, gelu-tanh (GPT-2's), relu, swiglu or geglu"
     )
     norm: Literal["layer", "rms"] = meaning("layer", "layer (LayerNorm) or rms (RMSNorm)")
-    norm_position: Literal["pre", "post"] = meaning("pre", "pre (before each layer, GPT-2) or post (after the residual, 2017)")
+    norm_position: Literal["pre", "post"] = meaning(
+        "pre", "pre (before each layer, GPT-2) or post (after the residual, 2017)"
+    )
     norm_epsilon: float = meaning(1e-5, "added to the variance", gt=0)
     positions: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = meaning(
         "learned", "learned, sinusoidal, rope, alibi or none"
     )
-    max_positions: int | None = meaning(None, "longest sequence that the model can take, in tokens; null: data.seq_length", ge=1)
+    max_positions: int | None = meaning(
+        None, "longest sequence that the model can take, in tokens; null: data.seq_length", ge=1
+    )
     rope_base: float = meaning(10000.0, "rope: base of the wave lengths", gt=1)
-    rope_scaling: RopeScaling | None = meaning(None, "rope: stretching to longer sequences, {kind, factor, ...}; null: none")
+    rope_scaling: RopeScaling | None = meaning(
+        None, "rope: stretching to longer sequences, {kind, factor, ...}; null: none"
+    )
     attention_window: int | list[int | None] | None = meaning(
         None, "tokens that a position sees, itself included; a list is repeated over the layers; null: all before it"
     )
@@ -56,7 +66,9 @@ class ModelConfig(Section):
     residual_dropout: float | None = meaning(None, "rate before each residual sum; null: dropout", ge=0, lt=1)
     attention_dropout: float | None = meaning(None, "rate of attention probabilities; null: dropout", ge=0, lt=1)
     initial_scale: float = meaning(0.02, "standard deviation of the initial weights", gt=0)
-    scale_initial_by_depth: bool = meaning(True, "divide that by sqrt(2 x layers) where a layer adds to the residual (GPT-2)")
+    scale_initial_by_depth: bool = meaning(
+        True, "divide that by sqrt(2 x layers) where a layer adds to the residual (GPT-2)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -132,11 +144,11 @@ def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int
     feed_forward = hidden * up + inner * hidden + bias * (up + hidden)
     table = max(seq_length, model.max_positions or 0) * hidden if model.positions == "learned" else 0
     ends = vocab_size * hidden * (1 if model.tie_embeddings else 2) + table
-    return model.num_layers * (attention + feed_forward + 2 * norm) + ends + (norm if model.norm_position == "pre" else 0)
+    return (
+        model.num_layers * (attention + feed_forward + 2 * norm) + ends + (norm if model.norm_position == "pre" else 0)
+    )
 
 
 def nearest_divisor(number: int, wished: int) -> int:
     """The divisor of `number` that is nearest to `wished`."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wished), d))
-
-

@@ -9,7 +9,9 @@ from pretrain.config.section import Section, meaning
 class MonitorConfig(Section):
     """Logging, validation and samples. Nothing here changes the training but `patience`."""
 
-    log_every: Interval = meaning(Span(10, "steps"), "between lines of metrics.jsonl and TensorBoard, in steps or tokens")
+    log_every: Interval = meaning(
+        Span(10, "steps"), "between lines of metrics.jsonl and TensorBoard, in steps or tokens"
+    )
     validate_every: Interval | None = meaning(None, "between validations; null: only at the end")
     validation_samples: int | None = meaning(None, "sequences of held-out data a validation; null: all of them", ge=1)
     patience: int | None = meaning(None, "stop after so many validations without a better loss; null: never", ge=1)
@@ -18,5 +20,7 @@ class MonitorConfig(Section):
     sample_tokens: int = meaning(100, "tokens of such a text", ge=1)
     tensorboard: bool = meaning(True, "write TensorBoard files into the run's folder")
     peak_tflops: float | None = meaning(
-        None, "this device's peak in TFLOP/s at precision.compute, for MFU; null: known for some GPUs, else no MFU", gt=0
+        None,
+        "this device's peak in TFLOP/s at precision.compute, for MFU; null: known for some GPUs, else no MFU",
+        gt=0,
     )

@@ -11,4 +11,6 @@ class ObjectiveConfig(Section):
     """The training objective."""
 
     kind: Literal["causal"] = meaning("causal", "causal: each position predicts the next token")
-    loss_across_documents: bool = meaning(True, "whether a document's first token, predicted from the one before, counts")
+    loss_across_documents: bool = meaning(
+        True, "whether a document's first token, predicted from the one before, counts"
+    )

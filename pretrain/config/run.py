@@ -45,7 +45,9 @@ class Config(Section):
         if limit is not None and limit < self.data.seq_length:
             raise ValueError(f"data.seq_length {self.data.seq_length} is longer than model.max_positions {limit}")
         if self.data.validation is None and (monitor.validate_every is not None or monitor.patience is not None):
-            raise ValueError("monitor.validate_every and patience need held-out data: set data.validation, or remove them")
+            raise ValueError(
+                "monitor.validate_every and patience need held-out data: set data.validation, or remove them"
+            )
         if monitor.patience is not None and monitor.validate_every is None:
             raise ValueError("monitor.patience counts validations: set monitor.validate_every")
         return self

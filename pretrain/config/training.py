@@ -46,7 +46,9 @@ class OptimizerConfig(Section):
 
     kind: Literal["adamw"] = meaning("adamw", "adamw")
     learning_rate: float = meaning(1e-3, "highest learning rate", gt=0)
-    betas: Annotated[tuple[float, float], BeforeValidator(_pair)] = meaning((0.9, 0.95), "decay rates of the two moments, each in [0, 1)")
+    betas: Annotated[tuple[float, float], BeforeValidator(_pair)] = meaning(
+        (0.9, 0.95), "decay rates of the two moments, each in [0, 1)"
+    )
     epsilon: float = meaning(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = meaning(0.1, "times the learning rate, taken off the weights each step", ge=0)
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
@@ -67,7 +69,8 @@ class ScheduleConfig(Section):
     warmup: Duration = meaning(Span(0, "steps"), "linear warm-up from 0, in steps or tokens")
     total: Duration = meaning(Span(200, "steps"), "length of the run, in steps or tokens")
     decay: Duration | None = meaning(
-        None, "cosine, linear: until the final rate (null: total); wsd: length of the decay at the end (null: total / 10)"
+        None,
+        "cosine, linear: until the final rate (null: total); wsd: length of the decay at the end (null: total / 10)",
     )
     final_fraction: float = meaning(0.1, "last learning rate / highest", ge=0, le=1)
 
@@ -86,7 +89,8 @@ class PrecisionConfig(Section):
     """Number formats; master weights and optimizer state are always fp32."""
 
     compute: Literal["auto", "bf16", "fp32"] = meaning(
-        "auto", "of weights, activations and products: bf16, fp32, or auto (bf16 where the device computes in it, else fp32)"
+        "auto",
+        "of weights, activations and products: bf16, fp32, or auto (bf16 where the device computes in it, else fp32)",
     )
     compile: Literal["auto", "always", "never"] = meaning(
         "auto", "torch.compile: auto (where it works and a compiler is found), always or never"
@@ -98,7 +102,7 @@ class CheckpointConfig(Section):
 
     every: Interval = meaning(Span(500, "steps"), "between checkpoints, in steps or tokens")
     keep_last: int = meaning(2, "newest checkpoints that are kept", ge=1)
-    keep_best: bool = meaning(True, "also keep the newest checkpoint with the best validation loss")
+    keep_best: bool = meaning(True, "also keep the step with the best validation loss; it is saved when it is found")
 
 
 class RunConfig(Section):
@@ -106,4 +110,6 @@ class RunConfig(Section):
 
     dir: str = meaning("runs/run", "folder of the run; made when missing, resumed when there")
     seed: int = meaning(1, "of initial weights, data order and dropout", ge=0, lt=2**63)
-    max_bad_steps: int = meaning(5, "stop after so many steps in a row with a loss or gradient that is not finite", ge=1)
+    max_bad_steps: int = meaning(
+        5, "stop after so many steps in a row with a loss or gradient that is not finite", ge=1
+    )

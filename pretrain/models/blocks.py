@@ -138,7 +138,9 @@ class Block(nn.Module):
         return self.norm_2(x + self._drop(self.feed_forward(x), context, FEED_FORWARD_RESIDUAL_SITE))
 
     def _drop(self, x: Tensor, context: Context, site: int) -> Tensor:
-        return drop(x, self.dropout if self.training else 0.0, context.sample_keys, SITES * self.layer + site, self.parts)
+        return drop(
+            x, self.dropout if self.training else 0.0, context.sample_keys, SITES * self.layer + site, self.parts
+        )
 
 
 def drop(x: Tensor, rate: float, keys: Tensor | None, site: int, parts: Parts) -> Tensor:

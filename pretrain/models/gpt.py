@@ -8,6 +8,8 @@ Shapes: B batch, S sequence, s this rank's slice of it (= S without sequence par
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,8 +85,14 @@ class GPT(nn.Module):
         if value not in ("none", "selective", "full"):
             raise ValueError(f"recompute is none, selective or full, found {value!r}")
         self._recompute: Recompute = value
-        for block in self.blocks.values():
+        for _, block in self.layers():
             block.attention.recompute = value == "selective"
+
+    def layers(self) -> Iterator[tuple[str, Block]]:
+        """This stage's blocks and their names, in order."""
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            yield name, block
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
@@ -134,7 +142,7 @@ class GPT(nn.Module):
     def make_caches(self, batch: int, length: int) -> dict[str, Cache]:
         """Empty caches for `batch` sequences of up to `length` positions, one a layer."""
         caches = {}
-        for name, block in self.blocks.items():
+        for name, block in self.layers():
             attention = block.attention
             caches[name] = Cache(batch, length, attention.groups, attention.size, attention.qkv.weight)
         return caches

@@ -1,0 +1,108 @@
+"""What a run or a folder of shards holds, for people: `python -m pretrain inspect`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config.model import parameter_count
+from pretrain.data import manifest as manifests
+from pretrain.data.manifest import Manifest
+from pretrain.data.stream import Stream
+from pretrain.errors import UserError
+from pretrain.metrics import read_metrics
+from pretrain.runs import CONFIG, TOKENIZER, run_config
+from pretrain.tokenizer import Tokenizer
+
+
+def main(args: Namespace) -> int:
+    """Tell of a run's folder or of a folder of shards, whichever it is. Raises UserError where it is neither."""
+    path, console = Path(args.path), Console(highlight=False, markup=False, soft_wrap=True)
+    if (path / manifests.NAME).is_file():
+        return _data(path, args, console)
+    if (path / CONFIG).is_file():
+        if args.sample is not None:
+            raise UserError(f"--sample: {path} is a run's folder; name a folder of shards, such as shards/train")
+        return _run(path, console)
+    parts = [str(part.parent) for part in sorted(path.glob(f"*/{manifests.NAME}"))]
+    hint = f"; there are shards in {', '.join(parts)}" if parts else ""
+    raise UserError(f"{path}: neither a run's folder ({CONFIG}) nor a folder of shards ({manifests.NAME}){hint}")
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _data(path: Path, args: Namespace, console: Console) -> int:
+    if args.sample is not None:
+        _sample(path, args, console)
+        return 0
+    manifest = Manifest.load(path)
+    table = _two_columns(str(path))
+    for name, value in _facts(manifest):
+        table.add_row(name, value)
+    console.print(table)
+    return 0
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield "documents", f"{manifest.documents:,}"
+    yield "tokens", f"{manifest.tokens:,} ({manifest.dtype.name})"
+    yield "bytes of text", f"{manifest.text_bytes:,} ({manifest.text_bytes / manifest.tokens:.2f} per token)"
+    yield "vocabulary", f"{manifest.vocab_size:,}"
+    yield "special ids", ", ".join(f"{name} {index}" for name, index in manifest.special.items())
+    yield "shards", f"{len(manifest.shards)} of {manifest.chunks} chunks, {manifest.tokens_per_chunk:,} tokens each"
+    yield "tokenizer", f"SHA-256 {manifest.tokenizer_sha256[:16]}"
+    yield "manifest", f"SHA-256 {manifest.fingerprint[:16]}"
+
+
+def _sample(path: Path, args: Namespace, console: Console) -> None:
+    """One training sequence, as the model will see it."""
+    if args.sample < 0:
+        raise UserError(f"--sample {args.sample}: sample numbers begin at 0")
+    stream = Stream([path], args.seq_length, args.seed)
+    found = stream.explain(args.sample)
+    stream.close()
+    place = f"{found['shard']}, chunk {found['chunk']}, token {found['first_token']:,}"
+    console.print(f"sample {args.sample} of seed {args.seed}: epoch {found['epoch']}, {place}")
+    for number, text in enumerate(found["documents"], start=1):
+        console.print(f"--- document {number} of {len(found['documents'])}")
+        console.print(text)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _run(path: Path, console: Console) -> int:
+    from pretrain import checkpoint  # imports torch, which shards do without
+
+    config, tokenizer = run_config(path), Tokenizer.load(path / TOKENIZER)
+    count = parameter_count(config.model, config.model.vocab_size or tokenizer.vocab_size, config.data.seq_length)
+    console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")
+    table = Table("step", "validation loss", "size", "written by", "hashes")
+    losses = {line["step"]: line["validation_loss"] for line in read_metrics(path) if "validation_loss" in line}
+    damaged = False
+    for step in checkpoint.list_steps(path):
+        loss = f"{losses[step]:.4f}" if step in losses else ""
+        try:
+            found = checkpoint.open_checkpoint(checkpoint.folder_of(path, step))
+        except UserError as error:
+            damaged = True
+            table.add_row(f"{step:,}", loss, "", "", str(error))
+            continue
+        writer = f"{found.about.get('layout')}, {found.about.get('processes')} processes"
+        table.add_row(f"{step:,}", loss, f"{found.bytes / 2**20:,.1f} MiB", writer, f"{len(found.files)} files match")
+    console.print(table)
+    return 1 if damaged else 0
+
+
+def _last(path: Path) -> str:
+    lines = [line for line in read_metrics(path) if "loss" in line]
+    return f"step {lines[-1]['step']:,}, loss {lines[-1]['loss']:.4f}" if lines else "no step logged yet"
+
+
+def _two_columns(title: str) -> Table:
+    return Table("", "", title=title, show_header=False)

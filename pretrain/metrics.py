@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object a line, appended as the run goes, cut back when the run is set back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends to RUN/metrics.jsonl. `step`: the run stands after so many steps; lines beyond it, and a line that a
+    killed process left unfinished, are removed first."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / NAME
+        if path.exists():
+            _cut_back(path, step)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+
+    def write(self, fields: dict[str, Any]) -> None:
+        self._file.write(json.dumps(fields) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a run's metrics, oldest first."""
+    try:
+        with open(run / NAME, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    fields = json.loads(line)
+                except ValueError:
+                    continue  # unfinished: the process was killed while it wrote
+                if isinstance(fields, dict) and isinstance(fields.get("step"), int):
+                    yield fields
+    except FileNotFoundError:
+        return
+
+
+def _cut_back(path: Path, step: int) -> None:
+    partial = path.with_name(f".{NAME}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for fields in read_metrics(path.parent):
+            if step and fields["step"] <= step:  # a run at step 0 says again what it is
+                file.write(json.dumps(fields) + "\n")
+    os.replace(partial, path)
