@@ -250,8 +250,8 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
                 tokens = int(line) * config.batch.size * config.data.seq_length
                 _reply(replies, started, tokens, self.loss, config.precision.compute)
 
-        def log(self, data: train.StepData, loss: Any, update: Any, seconds: float) -> None:
-            super().log(data, loss, update, seconds)
+        def log(self, data: train.StepData, loss: Any, update: Any) -> None:
+            super().log(data, loss, update)
             if self.due(config.monitor.log_every):
                 self.loss = loss.item() / data.targets
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator
 
+from parallel.layout import Problem
 from pretrain.config.duration import Duration, Interval, Span
 from pretrain.config.section import Section, meaning
 
 
 def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"expected two numbers such as [0.9, 0.95], found {value!r:.60}")
+    return tuple(value)  # YAML has lists only
 
 
 class Ramp(Section):
@@ -29,16 +33,13 @@ class BatchConfig(Section):
     micro_size: int = meaning(16, "sequences that a rank computes at once; the rest of its share accumulates", ge=1)
     ramp: Ramp | None = meaning(None, "batch-size warm-up, {start, increment, length}; null: none")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> BatchConfig:
-        if self.ramp is not None and (self.size - self.ramp.start) % self.ramp.increment:
-            raise ValueError(
-                f"ramp: from {self.ramp.start} by {self.ramp.increment} never reaches size {self.size}; choose an increment "
-                f"that divides {self.size - self.ramp.start}"
-            )
-        if self.ramp is not None and self.ramp.start > self.size:
-            raise ValueError(f"ramp: start {self.ramp.start} is above size {self.size}")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        ramp = self.ramp
+        if ramp is not None and ramp.start > self.size:
+            yield Problem("ramp.start", f"{ramp.start} is above batch.size {self.size}", "start with less")
+        elif ramp is not None and (self.size - ramp.start) % ramp.increment:
+            message = f"from {ramp.start} by {ramp.increment} never reaches batch.size {self.size}"
+            yield Problem("ramp.increment", message, f"choose one that divides {self.size - ramp.start}")
 
 
 class OptimizerConfig(Section):
@@ -53,11 +54,11 @@ class OptimizerConfig(Section):
     weight_decay: float = meaning(0.1, "times the learning rate, taken off the weights each step", ge=0)
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> OptimizerConfig:
+    def problems(self) -> Iterator[Problem]:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {list(self.betas)}: each must be at least 0 and below 1")
-        return self
+            yield Problem(
+                "betas", f"{list(self.betas)}: each must be at least 0 and below 1", "the usual are [0.9, 0.95]"
+            )
 
 
 class ScheduleConfig(Section):
@@ -67,22 +68,18 @@ class ScheduleConfig(Section):
         "cosine", "cosine, linear, inverse-sqrt (Noam, 2017), wsd (warm-up, stable, decay) or constant"
     )
     warmup: Duration = meaning(Span(0, "steps"), "linear warm-up from 0, in steps or tokens")
-    total: Duration = meaning(Span(200, "steps"), "length of the run, in steps or tokens")
+    total: Interval = meaning(Span(200, "steps"), "length of the run, in steps or tokens")
     decay: Duration | None = meaning(
         None,
         "cosine, linear: until the final rate (null: total); wsd: length of the decay at the end (null: total / 10)",
     )
-    final_fraction: float = meaning(0.1, "last learning rate / highest", ge=0, le=1)
+    final_fraction: float = meaning(0.1, "cosine, linear, wsd: last learning rate / highest", ge=0, le=1)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ScheduleConfig:
+    def problems(self) -> Iterator[Problem]:
         if self.kind == "inverse-sqrt" and self.warmup.count == 0:
-            raise ValueError("kind: inverse-sqrt falls from the end of the warm-up: give a warmup")
-        if self.total.count < 1:
-            raise ValueError(f"total {self.total}: a run needs at least one step")
+            yield Problem("warmup", "inverse-sqrt falls from the end of the warm-up", "give one of at least a step")
         if self.decay is not None and self.kind in ("constant", "inverse-sqrt"):
-            raise ValueError(f"decay has no effect with kind: {self.kind}; remove it")
-        return self
+            yield Problem("decay", f"has no effect with kind: {self.kind}", "remove it")
 
 
 class PrecisionConfig(Section):
@@ -90,7 +87,7 @@ class PrecisionConfig(Section):
 
     compute: Literal["auto", "bf16", "fp32"] = meaning(
         "auto",
-        "of weights, activations and products: bf16, fp32, or auto (bf16 where the device computes in it, else fp32)",
+        "of weights, activations and products: bf16, fp32, or auto (bf16 where it is faster, else fp32)",
     )
     compile: Literal["auto", "always", "never"] = meaning(
         "auto", "torch.compile: auto (where it works and a compiler is found), always or never"
