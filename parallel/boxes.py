@@ -74,7 +74,7 @@ def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
     """Stage 0: every data-parallel rank has all, so each writes its part of the rows."""
     for share in shares:
         total = share.parameter.shape[0]
-        first, end = (total * r // grid.data_size for r in (grid.data_rank, grid.data_rank + 1))
+        first, end = (total * r // grid.replica_size for r in (grid.replica_rank, grid.replica_rank + 1))
         if first < end:
             shape, length = _shape(share.parameter, end - first), row_length(share.parameter)
             part = slice(first * length, end * length)
@@ -102,12 +102,12 @@ def _sharded_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
 
 def _exchange_row_ends(shares: list[Share], grid: Grid) -> dict[tuple[str, str], list[Tensor]]:
     """Send the beginnings of this rank's shares that end another rank's row; returns what others sent, in row order."""
-    size, me = grid.data_size, grid.data_rank
+    size, me = grid.replica_size, grid.replica_rank
     if size == 1:
         return {}
     places: list[dict[str, tuple[int, int, int]]] = [{} for _ in range(size)]
     ours = {s.path: (s.start, s.numel, row_length(s.parameter)) for s in shares}
-    dist.all_gather_object(places, ours, group=grid.data_group)
+    dist.all_gather_object(places, ours, group=grid.replica_group)
     sent: list[list[Tensor]] = [[] for _ in range(size)]
     for share in shares:
         owner, count = _owner_of_head(places, me, share.path)
@@ -119,7 +119,7 @@ def _exchange_row_ends(shares: list[Share], grid: Grid) -> dict[tuple[str, str],
     outgoing = torch.cat([empty, *(part for parts in sent for part in parts)])
     incoming = outgoing.new_empty(sum(counts))
     sizes = [sum(part.numel() for part in parts) for parts in sent]
-    dist.all_to_all_single(incoming, outgoing, counts, sizes, group=grid.data_group)
+    dist.all_to_all_single(incoming, outgoing, counts, sizes, group=grid.replica_group)
     received: dict[tuple[str, str], list[Tensor]] = {}
     place = 0
     for rank, messages in enumerate(expected):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.layers import TensorAxis
+from parallel.layers import ContextAxis, TensorAxis
 from parallel.layout import Layout, rank_and_world
 
 
@@ -25,9 +25,11 @@ class Grid:
     world: int
     device: torch.device
     tensor: TensorAxis
-    data_rank: int
+    context: ContextAxis
+    data_rank: int  # which samples
     stage: int  # pipeline rank
-    data_group: Any  # None stands for the world where there is one process
+    replica_rank: int  # among the ranks that hold the same weights: data x context
+    replica_group: Any  # None stands for the world where there is one process
     model_group: Any  # tensor x pipeline: the ranks that together hold one copy of the model
     pipeline_group: Any
     embedding_group: Any  # first and last stage, which both hold a tied embedding; None elsewhere
@@ -35,6 +37,11 @@ class Grid:
     @property
     def data_size(self) -> int:
         return self.layout.data
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold the same weights, and share the optimizer under ZeRO."""
+        return self.layout.data * self.layout.context
 
     @property
     def first_stage(self) -> bool:
@@ -46,8 +53,13 @@ class Grid:
 
     @property
     def reads_loss(self) -> bool:
-        """One rank of the model's ranks that has the loss: it adds to sums over the data-parallel axis."""
+        """Whether this rank has a part of the loss that no other has."""
         return self.last_stage and self.tensor.rank == 0
+
+    @property
+    def reads_data(self) -> bool:
+        """One rank of those that have the same samples: it speaks for them in sums over the data-parallel axis."""
+        return self.reads_loss and self.context.rank == 0
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place, of what each rank counts once."""
@@ -87,7 +99,7 @@ def start_grid(layout: Layout, timeout_seconds: float) -> Grid:
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world == layout.size, f"{layout} needs {layout.size} processes, there are {world}"
     if world == 1:
-        return Grid(layout, 0, 1, device, TensorAxis(), 0, 0, None, None, None, None)
+        return Grid(layout, 0, 1, device, TensorAxis(), ContextAxis(), 0, 0, 0, None, None, None, None)
     return _parallel_grid(layout, rank, world, device, timedelta(seconds=timeout_seconds))
 
 
@@ -127,9 +139,11 @@ def _parallel_grid(layout: Layout, rank: int, world: int, device: torch.device, 
         world=world,
         device=device,
         tensor=tensor,
+        context=ContextAxis(layout.context, state.get_context_parallel_rank(), state.get_context_parallel_group()),
         data_rank=state.get_data_parallel_rank(),
         stage=state.get_pipeline_model_parallel_rank(),
-        data_group=state.get_data_parallel_group(),
+        replica_rank=state.get_data_parallel_rank(with_context_parallel=True),
+        replica_group=state.get_data_parallel_group(with_context_parallel=True),
         model_group=state.get_model_parallel_group(),
         pipeline_group=state.get_pipeline_model_parallel_group(),
         embedding_group=state.get_embedding_group() if at_edge else None,

@@ -5,7 +5,8 @@ a weight is whole or a tensor-parallel share is settled here. Column-parallel la
 slice of the output features, row-parallel layers hold columns and sum (Shoeybi et al. 2019, "Megatron-LM", section 3).
 With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) the activations between them are cut along the sequence.
 
-Shapes: B batch, S sequence (s = S / tensor under sequence parallelism), H hidden, V vocabulary, N heads, D head size.
+Shapes: B batch, S this context rank's sequence (s = S / tensor under sequence parallelism), H hidden, V vocabulary,
+N heads, D head size.
 At tensor = 1 every layer is plain `F.linear`, so torch.compile sees through.
 """
 
@@ -36,6 +37,15 @@ class TensorAxis:
     sequence: bool = False  # activations between the parallel layers are cut along the sequence
 
 
+@dataclass(frozen=True)
+class ContextAxis:
+    """This process's place among the ranks that share each sequence: rank r has the r-th of `size` equal slices."""
+
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+
+
 def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
@@ -43,8 +53,8 @@ def padded_vocabulary(vocab_size: int) -> int:
 class Parts:
     """Builds a model's layers for one rank of a tensor-parallel group; the default is the whole model."""
 
-    def __init__(self, axis: TensorAxis = TensorAxis()) -> None:
-        self.axis = axis
+    def __init__(self, axis: TensorAxis = TensorAxis(), context: ContextAxis = ContextAxis()) -> None:
+        self.axis, self.context = axis, context
 
     # -- layers ------------------------------------------------------------------------------------------------
 
@@ -84,22 +94,34 @@ class Parts:
         """Where this rank's part of `count` begins."""
         return self.share(count) * self.axis.rank
 
+    def own(self, x: Tensor) -> Tensor:
+        """The context rank's slice (B, S, ...) of a whole input (B, S context, ...)."""
+        return _slice(x, self.context.size, self.context.rank)
+
+    def first_place(self, length: int) -> int:
+        """Where this context rank's `length` positions begin in the whole sequence."""
+        return length * self.context.rank
+
     def first_row(self, rows: int) -> int:
         """Where `rows` activations of this rank begin in the whole sequence: what dropout's coordinates need."""
-        return rows * self.axis.rank if self.axis.sequence else 0
+        if not self.axis.sequence:
+            return self.first_place(rows)
+        return self.first_place(rows * self.axis.size) + rows * self.axis.rank
 
     def scatter(self, x: Tensor) -> Tensor:
-        """This rank's slice of the sequence of an input (B, S, ...) that needs no gradient."""
-        if not self.axis.sequence:
-            return x
-        rows = x.shape[1] // self.axis.size
-        return x[:, self.axis.rank * rows : (self.axis.rank + 1) * rows]
+        """This tensor rank's slice (B, s, ...) of an input (B, S, ...) that needs no gradient."""
+        return _slice(x, self.axis.size, self.axis.rank) if self.axis.sequence else x
 
     # -- products ----------------------------------------------------------------------------------------------
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """`kernels.attention.attention` over this rank's heads; the place where context parallelism exchanges them."""
-        return attention(q, k, v, **options)
+        """`kernels.attention.attention` over this rank's heads. Where the sequence is shared, each context rank first
+        trades its slice of all these heads for the whole sequence of some of them."""
+        if self.context.size == 1:
+            return attention(q, k, v, **options)
+        from parallel.context import exchanged_attention
+
+        return exchanged_attention(q, k, v, self.context, **options)
 
 
 class ColumnLinear(nn.Module):
@@ -250,6 +272,12 @@ def _vocabulary_rows(axis: TensorAxis, vocab_size: int, hidden_size: int, std: f
     piece = Piece("", (vocab_size, hidden_size), (min(first, vocab_size), 0), (real, hidden_size))
     weight = describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), (piece,))
     return _cut(weight, axis, 0), first
+
+
+def _slice(x: Tensor, count: int, number: int) -> Tensor:
+    """The number-th of `count` equal parts of the sequence (dimension 1)."""
+    rows = x.shape[1] // count
+    return x[:, number * rows : (number + 1) * rows] if count > 1 else x
 
 
 def _cut(parameter: Any, axis: TensorAxis, dim: int) -> Any:

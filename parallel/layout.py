@@ -23,7 +23,11 @@ class ParallelConfig(BaseModel):
     sequence: bool = Field(
         False, description="tensor ranks also share the sequence between the layers (Korthikanti et al. 2022)"
     )
-    context: int = Field(1, ge=1, description="ranks that share each sequence; only 1 for now")
+    context: int = Field(
+        1,
+        ge=1,
+        description='ranks that share each sequence, and exchange heads for attention (Jacobs et al. 2023, "Ulysses")',
+    )
     pipeline: int = Field(1, ge=1, description="stages that the layers are cut into (1F1B; Narayanan et al. 2021)")
     virtual: int = Field(1, ge=1, description="parts of the layers a pipeline rank holds, interleaved; 1: one")
     zero: int = Field(
@@ -122,14 +126,13 @@ def layout_problems(parallel: ParallelConfig, shapes: Shapes, world: int) -> lis
     return [
         *_unsupported(parallel),
         *_tensor(parallel, shapes),
+        *_context(parallel, shapes),
         *_pipeline(parallel, shapes),
         *_batch(parallel, shapes, world),
     ]
 
 
 def _unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
-    if parallel.context > 1:
-        yield Problem("parallel.context", "context parallelism is not there yet", "set parallel.context=1")
     if parallel.zero > 1:
         yield Problem(
             "parallel.zero",
@@ -162,6 +165,20 @@ def _tensor(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
         )
     if parallel.sequence and degree == 1:
         yield Problem("parallel.sequence", "has no effect without tensor parallelism", "set parallel.sequence=false")
+
+
+def _context(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
+    degree, tensor = parallel.context, parallel.tensor
+    cut = tensor if parallel.sequence else 1
+    heads, length = shapes.num_heads // tensor, shapes.seq_length // cut
+    works = [d for d in range(1, heads + 1) if heads % d == 0 and length % d == 0]
+    mend = f"the nearest that works: {min(works, key=lambda d: abs(d - degree))}" if works else ""
+    if heads % degree and shapes.num_heads % tensor == 0:
+        whose = f"the {heads} heads of a tensor rank" if tensor > 1 else f"model.num_heads {heads}"
+        yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
+    if length % degree and shapes.seq_length % cut == 0:
+        whose = f"a tensor rank's {length} of data.seq_length" if cut > 1 else f"data.seq_length {length}"
+        yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
 
 
 def _fits(extents: dict[str, int], wished: int) -> int:

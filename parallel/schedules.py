@@ -58,22 +58,24 @@ class Schedule:
 
         def forward_step(source: Iterator[MicroBatch], stage: Stage) -> tuple[Tensor, Any]:
             output = stage(next(source))
-            # The schedule divides the returned loss by the number of micro-batches, in place: log a copy.
-            return output, lambda loss: (loss * (scale * count), loss.detach().clone())
+            # The schedule divides the returned loss by the number of micro-batches and multiplies it by the context
+            # ranks, in place: log a copy.
+            return output, lambda loss: (loss * (scale * count / layout.context), loss.detach().clone())
 
         layout = self.grid.layout
         sources = [iter(batches) for _ in self.stages]
         several = len(self.stages) > 1
+        slices = layout.context * (layout.tensor if layout.sequence else 1)
         B, S = batches[0][0].shape
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=sources if several else sources[0],
             model=self.stages if several else self.stages[0],
             num_microbatches=count,
-            # These two only size the buffers for hidden states, (seq_length / tp under sequence parallelism, micro, H).
-            # Ours are (B, s, H), so the two are given the other way round.
-            seq_length=B * (layout.tensor if layout.sequence else 1),
-            micro_batch_size=S // (layout.tensor if layout.sequence else 1),
+            # These two only size the buffers for hidden states: (seq_length / slices, micro_batch_size, H). Ours are
+            # (B, S / slices, H), so the two are given the other way round.
+            seq_length=B * slices,
+            micro_batch_size=S // slices,
             forward_only=forward_only,
         )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.grid.device)
@@ -88,6 +90,7 @@ def _schedule_config(grid: Grid, hidden_size: int, dtype: torch.dtype) -> Any:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         pipeline_dtype=dtype,
         # Two interleaved stages exchange with the same neighbour in both directions: batched operations would pair up

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel import library
 from parallel.gradients import average, global_norm, sum_tied
 from parallel.grid import Grid
 from parallel.stages import Stage, parameter_paths
@@ -172,8 +171,8 @@ class PlainEngine(_Counted):
                 master.grad, parameter._hp_grad = parameter._hp_grad, None  # type: ignore[attr-defined]
         gradients = [master.grad for master in self.masters if master.grad is not None]
         assert len(gradients) == len(self.masters), "a parameter took no part in the loss"
-        if self.grid.data_size > 1:
-            average(gradients, self.grid.data_group)
+        if self.grid.replica_size > 1:
+            average(gradients, self.grid.replica_group)
         norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
         value = norm.item()
         applied = math.isfinite(value)
@@ -225,13 +224,12 @@ class DeepSpeedEngine(_Counted):
     replicated = False
 
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
-        deepspeed = _import_deepspeed(grid.device)
         self.grid, self.tied = grid, tied
         self.names = parameter_paths(stages)
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
-            self.engine, *_ = deepspeed.initialize(
+            self.engine, *_ = library.deepspeed().initialize(
                 model=nn.ModuleList(stages),
                 optimizer=self.optimizer,
                 config=_deepspeed_config(grid.layout.zero, options.clip_norm, bf16),
@@ -275,23 +273,6 @@ class DeepSpeedEngine(_Counted):
         raise AssertionError("a DeepSpeed fragment lies in no partition of the optimizer")
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with its logging quiet and, on a CPU, without the operator that it would compile at first use."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed refuses to start where it is missing
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    if device.type == "cpu":
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    return deepspeed
-
-
 def _deepspeed_config(stage: int, clip_norm: float, bf16: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
@@ -313,7 +294,7 @@ class _Groups:
     """The grid as DeepSpeed's `mpu`. It must not have `initialize_sequence_parallel`, which turns model parallelism off."""
 
     def __init__(self, grid: Grid) -> None:
-        self._data = grid.data_group or dist.group.WORLD
+        self._data = grid.replica_group or dist.group.WORLD
         # One process alone is its own model-parallel group.
         self._model = grid.model_group or dist.group.WORLD
         self._tensor = grid.tensor.group or dist.group.WORLD

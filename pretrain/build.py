@@ -50,7 +50,7 @@ def build(config: Config, grid: Grid, vocab_size: int) -> Built:
 
 
 def build_stages(config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool) -> list[Stage]:
-    parts = Parts(grid.tensor)
+    parts = Parts(grid.tensor, grid.context)
     layout = grid.layout
     stages = []
     for cut in cuts(config.model.num_layers, layout.pipeline, layout.virtual, grid.stage):
@@ -98,8 +98,8 @@ def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
     wish = config.precision.compile
     if wish == "never":
         return False, "eager (precision.compile: never)"
-    if wish == "auto" and grid.layout.tensor > 1:
-        return False, "eager (tensor parallelism's collectives would break the graph)"
+    if wish == "auto" and (grid.layout.tensor > 1 or grid.layout.context > 1):
+        return False, "eager (tensor and context parallelism's collectives would break the graph)"
     if grid.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         if wish == "always":
             raise UserError(

@@ -110,7 +110,7 @@ class Run:
             Batch(*(tensor.to(self.grid.device) for tensor in self.objective(*micro)))
             for micro in zip(*(part.split(size) for part in rows), strict=True)
         ]
-        counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_loss else 0.0
+        counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_data else 0.0
         facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (counted, self.interrupt.asked)])
         targets, stop = self.grid.total(facts.to(self.grid.device)).tolist()
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
@@ -118,8 +118,8 @@ class Run:
     def forward_backward(self, data: StepData) -> torch.Tensor:
         """This rank's sum of losses; gradients of the mean over all targets accumulate."""
         self.built.train(True)
-        # The engine averages over the data-parallel ranks, so each gives their number times its part of the mean.
-        return self.built.schedule.run(data.batches, scale=self.grid.data_size / max(data.targets, 1.0))
+        # The engine averages over the replicas, so each gives their number times its part of the mean.
+        return self.built.schedule.run(data.batches, scale=self.grid.replica_size / max(data.targets, 1.0))
 
     def learning_rate(self) -> float:
         return self.plan.learning_rate(self.state.step)
@@ -152,9 +152,9 @@ class Run:
         self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
-        ours = self.grid.reads_loss
-        total = self.grid.total(loss.double() if ours else torch.zeros_like(loss, dtype=torch.float64))
-        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if ours else 0, device=self.grid.device)
+        grid = self.grid
+        total = grid.total(loss.double() if grid.reads_loss else torch.zeros_like(loss, dtype=torch.float64))
+        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if grid.reads_data else 0, device=grid.device)
         self.reporter.log(
             step=self.state.step,
             tokens=self.state.samples * self.config.data.seq_length,
@@ -163,7 +163,7 @@ class Run:
             grad_norm=update.grad_norm,
             learning_rate=self.plan.learning_rate(self.before.step),
             batch_size=data.size,
-            batch_hash=f"{self.grid.total(digest).item() % 2**64:016x}",
+            batch_hash=f"{grid.total(digest).item() % 2**64:016x}",
         )
 
     def validate(self) -> None:
@@ -184,7 +184,7 @@ class Run:
     def sample(self) -> None:
         """A text by the model as it is, to TensorBoard; where each process can run all layers."""
         monitor, layout = self.config.monitor, self.grid.layout
-        if layout.pipeline > 1 or layout.sequence:
+        if layout.pipeline > 1 or layout.sequence or layout.context > 1:
             return
         self.built.train(False)
         with self.reporter.pause():

@@ -40,8 +40,10 @@ class Validation:
         for batches in self._groups():
             loss += schedule.run(batches, scale=1.0, forward_only=True).double()
             targets += sum(batch.mask.sum().item() for batch in batches)
+        targets = targets if self.grid.reads_data else 0.0
+        loss = loss if self.grid.reads_loss else torch.zeros_like(loss)
         ours = torch.stack([loss, torch.tensor(targets, dtype=torch.float64, device=self.grid.device)])
-        total, count = self.grid.total(ours if self.grid.reads_loss else torch.zeros_like(ours)).tolist()
+        total, count = self.grid.total(ours).tolist()
         manifest = self.stream.manifests[0]
         tokens_per_byte = manifest.tokens / max(manifest.text_bytes, 1)
         mean = total / max(count, 1.0)

@@ -38,10 +38,10 @@ def _import() -> None:
     import torch
     from megatron.core import parallel_state, pipeline_parallel
 
-    from parallel import zero
+    from parallel import library
 
     assert parallel_state and pipeline_parallel
-    zero._import_deepspeed(torch.device("cpu"))
+    library.import_deepspeed(torch.cuda.is_available())
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"imports left {threads} threads: forked ranks would hang"
 

@@ -112,10 +112,12 @@ class GPT(nn.Module):
 
         Returns hidden (B, s, H), or on the last stage the cross-entropy summed over the targets, a float32 scalar.
         """
+        inputs, targets, mask = (None if x is None else self.parts.own(x) for x in (inputs, targets, mask))
         length = self._length(inputs, targets, hidden)
-        x = self._embed(inputs, sample_keys) if self.is_first else hidden
+        place = self.parts.first_place(length)
+        x = self._embed(inputs, sample_keys, place) if self.is_first else hidden
         assert x is not None, "a stage that is not the first takes `hidden`"
-        context = self._context(length, sample_keys)
+        context = self._context(length, sample_keys, place)
         for block in self.blocks.values():
             if self._recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
@@ -134,7 +136,7 @@ class GPT(nn.Module):
         if first and caches is None:
             raise ValueError(f"the positions before {first} are missing: pass the caches that hold them")
         x = self._embed(inputs, None, first)
-        context = self._context(inputs.shape[1], None, first)
+        context = self._context(inputs.shape[1], None, first)._replace(first=first)
         for name, block in self.blocks.items():
             x = block(x, context, None if caches is None else caches[name])
         return self.head.logits(self._final(x))
@@ -167,13 +169,14 @@ class GPT(nn.Module):
         rate = self.config.embedding_dropout_rate if self.training else 0.0
         return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
 
-    def _context(self, length: int, sample_keys: Tensor | None, first: int = 0) -> Context:
+    def _context(self, length: int, sample_keys: Tensor | None, first: int) -> Context:
+        """Of the positions first : first + length."""
         cos, sin, slopes = None, None, None
         if self.config.positions == "rope":
             cos, sin = self.angles.values[:, first : self._check_length(first, length)]
         if self.config.positions == "alibi":
             slopes = self.slopes.values
-        return Context(sample_keys, cos, sin, slopes, first)
+        return Context(sample_keys, cos, sin, slopes)
 
     def _check_length(self, first: int, length: int) -> int:
         """The place after the last position; ValueError if the tables of positions do not reach it."""

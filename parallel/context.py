@@ -1,0 +1,50 @@
+"""Attention where ranks share each sequence, by exchanging heads (Jacobs et al. 2023, "DeepSpeed Ulysses").
+
+Before: each of C ranks holds a slice of the sequence of all its heads. One all-to-all later it holds the whole sequence of
+a C-th of the heads, runs the ordinary attention on it, and a second all-to-all gives back its slice. Head n of the exchanged
+is head `first_head + rank * N / C + n` of the model, so dropout masks and ALiBi slopes are those of one process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention import attention
+from parallel import library
+from parallel.layers import ContextAxis
+
+
+def exchanged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axis: ContextAxis,
+    *,
+    first_head: int = 0,
+    slopes: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """q (B, S, N, D), k and v (B, S, G, D) of this rank's slice -> (B, S, N, D); N a multiple of the context ranks.
+
+    Fewer or indivisible key/value heads are repeated until each rank gets a whole number of them.
+    """
+    layer = _exchange(axis)
+    heads, groups = q.shape[2] // axis.size, k.shape[2]
+    if groups % axis.size:
+        repeats = axis.size // math.gcd(groups, axis.size)
+        k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    mine = axis.rank * heads
+    if slopes is not None:
+        slopes = slopes[mine : mine + heads]
+    return layer(q, k, v, 0, None, first_head=first_head + mine, slopes=slopes, **options)
+
+
+def _exchange(axis: ContextAxis) -> torch.nn.Module:
+    library.deepspeed()
+    from deepspeed.sequence.layer import DistributedAttention
+
+    return DistributedAttention(attention, axis.group, scatter_idx=2, gather_idx=1)
