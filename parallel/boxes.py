@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,8 @@ class Box:
     values: Tensor
 
 
-def row_length(parameter: Tensor) -> int:
-    return parameter.shape[1] if parameter.dim() == 2 else 1
+def row_length(parameter: Any) -> int:
+    return parameter.local_shape[1] if len(parameter.local_shape) == 2 else 1
 
 
 def boxes_of_rows(path: str, parameter: nn.Parameter, first: int, values: dict[str, Tensor]) -> Iterator[Box]:
@@ -66,14 +67,14 @@ def _kinds(share: Share) -> dict[str, Tensor]:
     return {"weight": share.master, **share.moments}
 
 
-def _shape(parameter: Tensor, rows: int) -> tuple[int, ...]:
-    return (rows, *parameter.shape[1:])
+def _shape(parameter: Any, rows: int) -> tuple[int, ...]:
+    return (rows, *parameter.local_shape[1:])
 
 
 def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
     """Stage 0: every data-parallel rank has all, so each writes its part of the rows."""
     for share in shares:
-        total = share.parameter.shape[0]
+        total = share.parameter.local_shape[0]  # type: ignore[attr-defined]
         first, end = (total * r // grid.replica_size for r in (grid.replica_rank, grid.replica_rank + 1))
         if first < end:
             shape, length = _shape(share.parameter, end - first), row_length(share.parameter)

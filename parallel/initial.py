@@ -14,7 +14,7 @@ from parallel.logical import Initial, Piece, canonical, view
 
 def initial_values(path: str, parameter: nn.Parameter, seed: int) -> Tensor:
     """float32 values of a local parameter, shaped like it; padding rows are zero."""
-    values = torch.zeros(parameter.shape, dtype=torch.float32)
+    values = torch.zeros(parameter.local_shape, dtype=torch.float32)  # type: ignore[attr-defined]
     initial: Initial = parameter.initial  # type: ignore[attr-defined]
     for piece in parameter.pieces:  # type: ignore[attr-defined]
         view(values, piece).copy_(_box(canonical(path, piece), piece, initial, seed))

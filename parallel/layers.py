@@ -198,7 +198,7 @@ class VocabHead(nn.Module):
     def tie(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
-    def loss(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank.
 
         x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts.

@@ -31,8 +31,12 @@ class ParallelConfig(BaseModel):
     pipeline: int = Field(1, ge=1, description="stages that the layers are cut into (1F1B; Narayanan et al. 2021)")
     virtual: int = Field(1, ge=1, description="parts of the layers a pipeline rank holds, interleaved; 1: one")
     zero: int = Field(
-        1, ge=0, le=3, description="ZeRO stage: 0, or 1 (optimizer state shared over data-parallel ranks)"
+        1,
+        ge=0,
+        le=3,
+        description="ZeRO stage: what data-parallel ranks share of 1 the optimizer, 2 gradients, 3 weights",
     )
+    offload: bool = Field(False, description="ZeRO 2 and 3: optimizer state and its step in the host's memory")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations made again in the backward pass: none, selective (attention) or full (each layer)",
@@ -51,6 +55,7 @@ class Layout:
     virtual: int = 1
     data: int = 1
     zero: int = 0
+    offload: bool = False
 
     @property
     def size(self) -> int:
@@ -71,21 +76,24 @@ class Layout:
             parallel.virtual,
             world // model,
             parallel.zero,
+            parallel.offload,
         )
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=1`; what is not named is 1, zero is 0."""
+        """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=2,offload`; what is not named is 1, zero is 0."""
         names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual", "dp": "data", "zero": "zero"}
         degrees: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             match = re.fullmatch(r"([a-z]+)=?(\d+)", part)
-            if part == "sp":
-                degrees["sequence"] = True
+            if part in ("sp", "offload"):
+                degrees["sequence" if part == "sp" else part] = True
             elif match and match[1] in names:
                 degrees[names[match[1]]] = int(match[2])
             else:
-                raise ValueError(f"layout {text!r}: {part!r} is none of {', '.join(f'{n}=N' for n in names)} or sp")
+                raise ValueError(
+                    f"layout {text!r}: {part!r} is none of {', '.join(f'{n}=N' for n in names)}, sp or offload"
+                )
         return cls(**degrees)
 
     def __str__(self) -> str:
@@ -93,7 +101,7 @@ class Layout:
         parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
         if self.sequence:
             parts.insert(1, "sp")
-        return f"{' x '.join(parts) or '1 process'}, zero {self.zero}"
+        return f"{' x '.join(parts) or '1 process'}, zero {self.zero}{' offloaded' if self.offload else ''}"
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -124,7 +132,7 @@ class Shapes(NamedTuple):
 def layout_problems(parallel: ParallelConfig, shapes: Shapes, world: int) -> list[Problem]:
     """Everything that keeps a run of these shapes from `world` processes under this layout; empty if it fits."""
     return [
-        *_unsupported(parallel),
+        *_zero(parallel),
         *_tensor(parallel, shapes),
         *_context(parallel, shapes),
         *_pipeline(parallel, shapes),
@@ -132,12 +140,18 @@ def layout_problems(parallel: ParallelConfig, shapes: Shapes, world: int) -> lis
     ]
 
 
-def _unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
-    if parallel.zero > 1:
+def _zero(parallel: ParallelConfig) -> Iterator[Problem]:
+    if parallel.zero > 1 and parallel.pipeline > 1:
         yield Problem(
             "parallel.zero",
-            f"ZeRO stage {parallel.zero} is not there yet: its gradients are not proven",
-            "set parallel.zero=1",
+            f"stage {parallel.zero} shares out gradients while a pipeline still adds to them: wrong norms",
+            "set parallel.zero=1, or parallel.pipeline=1",
+        )
+    if parallel.offload and parallel.zero < 2:
+        yield Problem(
+            "parallel.offload",
+            f"at ZeRO stage {parallel.zero} the optimizer cannot step in the host's memory",
+            "set parallel.zero=2, or parallel.offload=false",
         )
 
 

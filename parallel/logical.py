@@ -40,6 +40,7 @@ def describe(
 ) -> nn.Parameter:
     """Attach what the engine, the initialisation and the checkpoint must know of a parameter; returns it."""
     whole = tuple(parameter.shape)
+    parameter.local_shape = whole  # type: ignore[attr-defined]  # its own shape is empty while ZeRO-3 has it shared out
     parameter.pieces = pieces or (Piece("", whole, (0,) * len(whole), whole),)  # type: ignore[attr-defined]
     parameter.initial = initial  # type: ignore[attr-defined]
     parameter.decay = decay  # type: ignore[attr-defined]  # weight decay applies

@@ -24,7 +24,7 @@ class Schedule:
     `hidden_size` and `dtype` are those of the activations that stages exchange; `micro_size` sequences a micro-batch.
     """
 
-    def __init__(self, stages: list[Stage], grid: Grid, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, stages: Sequence[Any], grid: Grid, hidden_size: int, dtype: torch.dtype) -> None:
         self.stages, self.grid = stages, grid
         if grid.layout.pipeline > 1:
             config = _schedule_config(grid, hidden_size, dtype)

@@ -50,7 +50,7 @@ class Stage(nn.Module):
         self.module = module
         self.cut = cut
         self._received: Tensor | None = None
-        self._run: Callable[..., Tensor] = torch.compile(module.forward, dynamic=False) if compile else module.forward
+        self._run: Callable[..., Tensor] = torch.compile(module.forward, dynamic=False) if compile else module
 
     def set_input_tensor(self, tensor: Any) -> None:
         """megatron-core hands over what the previous stage sent."""

@@ -1,8 +1,9 @@
 """The engine: float32 master weights, AdamW, and their division over data-parallel ranks (ZeRO).
 
-`PlainEngine` is stage 0: every data-parallel rank holds all of the optimizer. `DeepSpeedEngine` is stage 1 (Rajbhandari et
-al. 2020, "ZeRO"): each holds a flat share. Both present the optimizer as `Share`s, flat intervals of local parameters, so
-that initial weights, checkpoints and exports need not know which engine runs.
+`PlainEngine` is stage 0: every replica holds all of the optimizer. `DeepSpeedEngine` is stages 1 to 3 (Rajbhandari et al.
+2020, "ZeRO"): each holds a flat share of it, from stage 2 on of the gradients, at stage 3 of the weights too. Both present
+the optimizer as `Share`s, flat intervals of local parameters, so that initial weights, checkpoints and exports need not know
+which engine runs.
 
 Gradients arrive already divided by the global count of targets times the data-parallel size; the engine averages over the
 data-parallel ranks, so that the result is the sum over all targets / their count. A step whose gradient norm is not finite
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from parallel import library
 from parallel.gradients import average, global_norm, sum_tied
 from parallel.grid import Grid
+from parallel.layout import Layout
 from parallel.stages import Stage, parameter_paths
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +61,10 @@ class Share:
 
 class Engine(Protocol):
     replicated: bool  # every data-parallel rank keeps all of the optimizer
+
+    @property
+    def modules(self) -> Sequence[Any]:
+        """What the schedule calls, in place of this rank's stages."""
 
     def step(self, learning_rate: float) -> Step:
         """Finish the accumulated gradients, clip, update, clear."""
@@ -113,14 +119,14 @@ def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.op
     return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
 
 
-def _start_state(optimizer: torch.optim.AdamW) -> None:
+def _start_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor] | None = None) -> None:
     """Make the moments before the first step, so that loading can write into them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS},
-            }
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in held if parameters is None else parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS},
+        }
 
 
 class _Counted:
@@ -153,6 +159,7 @@ class PlainEngine(_Counted):
 
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         self.grid, self.options, self.tied = grid, options, tied
+        self.modules: Sequence[Any] = stages
         self.names = parameter_paths(stages)
         self.optimizer = adamw(self.names, options)
         self.parameters: list[nn.Parameter] = []
@@ -219,41 +226,56 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class DeepSpeedEngine(_Counted):
-    """ZeRO stage 1 by DeepSpeed, driven from outside: our schedule runs the raw modules, `step` reduces and updates."""
+    """ZeRO by DeepSpeed, driven from outside: our schedule runs forward and backward, `step` reduces and updates.
+
+    At stage 1 the schedule runs the raw stages, as megatron-core's must. Stages 2 and 3 reduce during the backward pass,
+    for which DeepSpeed arms its hooks when it is itself called: there it takes the place of the one stage.
+    """
 
     replicated = False
 
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
-        self.grid, self.tied = grid, tied
+        layout = grid.layout
+        self.grid, self.tied, self.stage = grid, tied, layout.zero
         self.names = parameter_paths(stages)
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
+        inside = layout.zero > 1
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
             self.engine, *_ = library.deepspeed().initialize(
-                model=nn.ModuleList(stages),
+                model=stages[0] if inside else nn.ModuleList(stages),
                 optimizer=self.optimizer,
-                config=_deepspeed_config(grid.layout.zero, options.clip_norm, bf16),
+                config=_deepspeed_config(layout, options.clip_norm, bf16),
                 mpu=_Groups(grid),
                 dist_init_required=False,
             )
-        _start_state(self.optimizer)
-        self._shares = list(self._find_shares())
+        self.modules: Sequence[Any] = [self.engine] if inside else stages
+        self.zero = self.engine.optimizer
+        _start_state(self.optimizer, self.zero.fp32_partitioned_groups_flat if self.stage == 3 else None)
+        self._shares = list(self._find_whole_shares() if self.stage == 3 else self._find_shares())
 
     def step(self, learning_rate: float) -> Step:
         sum_tied(self.tied, self.grid.embedding_group)
         self._set_rate(learning_rate)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return Step(float(norm), not self.engine.optimizer.overflow)
+        return Step(float(norm), not self.zero.overflow)
 
     def publish(self) -> None:
-        self.engine.optimizer.update_lp_params()
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for number in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero.persistent_parameters:  # small ones, which every rank keeps whole
+            self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def shares(self) -> Iterator[Share]:
         return iter(self._shares)
 
     def _find_shares(self) -> Iterator[Share]:
-        """DeepSpeed's fragment map: where each parameter's elements lie in this rank's flat partitions."""
+        """Stages 1 and 2, by DeepSpeed's fragment map: where parameters' elements lie in this rank's flat partitions."""
         for parameter, path in self.names.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # all of it is another rank's
@@ -272,17 +294,32 @@ class DeepSpeedEngine(_Counted):
                     return flat, fragment.storage_offset() - flat.storage_offset()
         raise AssertionError("a DeepSpeed fragment lies in no partition of the optimizer")
 
+    def _find_whole_shares(self) -> Iterator[Share]:
+        """Stage 3: each parameter is cut into equal parts, the last padded."""
+        for parameter, path in self.names.items():
+            group, offset, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = self.grid.replica_rank * count
+            real = min(count, math.prod(parameter.local_shape) - start)  # type: ignore[attr-defined]
+            if real <= 0:
+                continue
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            moments = {name: self.optimizer.state[flat][name].narrow(0, offset, real) for name in MOMENTS}
+            yield Share(path, parameter, start, real, flat.data.narrow(0, offset, real), moments)
 
-def _deepspeed_config(stage: int, clip_norm: float, bf16: bool) -> dict[str, Any]:
+
+def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": layout.zero},
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
         "steps_per_print": None,
     }
+    if layout.offload:  # with our AdamW, not the one that DeepSpeed compiles
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     if bf16:
         # Both away from the defaults: bfloat16 accumulation, and with pipelines gradients that `step` never sees.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}

@@ -42,9 +42,8 @@ def build(config: Config, grid: Grid, vocab_size: int) -> Built:
     compiled, why = choose_compile(config, grid)
     dtype = DTYPES[config.precision.compute]
     stages = build_stages(config, grid, vocab_size, dtype, compiled)
-    schedule = Schedule(stages, grid, config.model.hidden_size, dtype)
-    tied = _tied_end(stages, config, grid)
-    engine = make_engine(stages, grid, optimizer_options(config), tied)
+    engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
+    schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype)
     set_weights(engine, lambda path, parameter: initial_values(path, parameter, config.run.seed))
     return Built(stages, schedule, engine, why)
 
@@ -100,6 +99,8 @@ def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
         return False, "eager (precision.compile: never)"
     if wish == "auto" and (grid.layout.tensor > 1 or grid.layout.context > 1):
         return False, "eager (tensor and context parallelism's collectives would break the graph)"
+    if wish == "auto" and grid.layout.zero == 3:
+        return False, "eager (ZeRO-3 gathers weights between the layers, which would break the graph)"
     if grid.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         if wish == "always":
             raise UserError(

@@ -244,7 +244,8 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     for share in shares:
         first, end = wanted_rows(share)
         for kind, flat in {"weight": share.master, **share.moments}.items():
-            rows = torch.zeros((end - first, *share.parameter.shape[1:]), dtype=torch.float32)
+            shape = (end - first, *share.parameter.local_shape[1:])  # type: ignore[attr-defined]
+            rows = torch.zeros(shape, dtype=torch.float32)
             wanted += _wanted(share.path, share.parameter, first, end, kind, rows)
             copies.append((share, first, flat, rows))
     _read(checkpoint, wanted)

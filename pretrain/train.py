@@ -184,7 +184,7 @@ class Run:
     def sample(self) -> None:
         """A text by the model as it is, to TensorBoard; where each process can run all layers."""
         monitor, layout = self.config.monitor, self.grid.layout
-        if layout.pipeline > 1 or layout.sequence or layout.context > 1:
+        if layout.pipeline > 1 or layout.sequence or layout.context > 1 or layout.zero == 3:
             return
         self.built.train(False)
         with self.reporter.pause():

@@ -126,7 +126,7 @@ class GPT(nn.Module):
         if not self.is_last:
             return x
         assert targets is not None and mask is not None, "the last stage takes targets and mask"
-        return self.head.loss(self._final(x), targets, mask)
+        return self.head(self._final(x), targets, mask)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, caches: dict[str, Cache] | None = None, first: int = 0) -> Tensor:
