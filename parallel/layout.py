@@ -30,6 +30,9 @@ class ParallelConfig(BaseModel):
     )
     pipeline: int = Field(1, ge=1, description="stages that the layers are cut into (1F1B; Narayanan et al. 2021)")
     virtual: int = Field(1, ge=1, description="parts of the layers a pipeline rank holds, interleaved; 1: one")
+    layers: list[int] | None = Field(
+        None, description="layers of each part of the pipeline, in order; null: balanced, the head's cost weighed in"
+    )
     zero: int = Field(
         1,
         ge=0,
@@ -203,16 +206,21 @@ def _fits(extents: dict[str, int], wished: int) -> int:
 
 def _pipeline(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
     parts, layers = parallel.pipeline * parallel.virtual, shapes.num_layers
-    if layers % parts:
-        path = "parallel.pipeline" if parallel.virtual == 1 else "parallel.virtual"
+    if layers < parts:
         what = "" if parallel.virtual == 1 else f" x virtual {parallel.virtual}"
-        works = [d for d in range(1, layers + 1) if layers % (d * parallel.virtual) == 0]
         mend = (
-            f"the nearest that works: pipeline {min(works, key=lambda d: abs(d - parallel.pipeline))}"
-            if works
-            else "set virtual=1"
+            f"at most {layers // parallel.virtual} stages" if layers >= parallel.virtual else "set parallel.virtual=1"
         )
-        yield Problem(path, f"pipeline {parallel.pipeline}{what} does not divide model.num_layers {layers}", mend)
+        yield Problem(
+            "parallel.pipeline", f"pipeline {parallel.pipeline}{what} is more than model.num_layers {layers}", mend
+        )
+    given = parallel.layers
+    if given is not None and (len(given) != parts or sum(given) != layers or min(given) < 1):
+        yield Problem(
+            "parallel.layers",
+            f"{given} does not share out model.num_layers {layers} over pipeline x virtual = {parts} parts",
+            "give as many counts, each at least 1, that sum to the layers; or null",
+        )
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield Problem("parallel.virtual", "has no effect without a pipeline", "set parallel.virtual=1")
 

@@ -23,17 +23,25 @@ class Cut:
     last: bool  # norm, head and loss
 
 
-def cuts(num_layers: int, pipeline: int, virtual: int, rank: int) -> list[Cut]:
-    """The parts of pipeline rank `rank`, in the order in which a sample meets them."""
-    chunks = pipeline * virtual
+def layers_of_parts(num_layers: int, parts: int, head: float) -> list[int]:
+    """Layers of each part of the model, so that the slowest part is as fast as can be; the last also computes the head,
+    which costs as much as `head` layers (the embedding, a look-up, costs nothing). At least one each, later ones first
+    where that is the same: an early stage holds the most activations (Narayanan et al. 2021, section 2.2)."""
+    counts = [1] * parts
+    extra = [0.0] * (parts - 1) + [head if parts > 1 else 0.0]
+    for _ in range(num_layers - parts):
+        loads = [count + more for count, more in zip(counts, extra, strict=True)]
+        counts[min(range(parts), key=lambda part: (loads[part], -part))] += 1
+    return counts
+
+
+def cuts(layers: Sequence[int], pipeline: int, rank: int) -> list[Cut]:
+    """The parts of pipeline rank `rank`, in the order in which a sample meets them; layers: of each part of the model."""
+    first = [sum(layers[:part]) for part in range(len(layers) + 1)]
     return [
-        Cut(_share(num_layers, chunks, chunk), first=chunk == 0, last=chunk == chunks - 1)
-        for chunk in range(rank, chunks, pipeline)
+        Cut(range(first[part], first[part + 1]), first=part == 0, last=part == len(layers) - 1)
+        for part in range(rank, len(layers), pipeline)
     ]
-
-
-def _share(num_layers: int, chunks: int, chunk: int) -> range:
-    return range(num_layers * chunk // chunks, num_layers * (chunk + 1) // chunks)
 
 
 class Stage(nn.Module):

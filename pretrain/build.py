@@ -15,8 +15,9 @@ from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.layers import Parts
 from parallel.schedules import Schedule
-from parallel.stages import Stage, cuts
+from parallel.stages import Stage, cuts, layers_of_parts
 from parallel.zero import AdamWOptions, Engine, make_engine, set_weights
+from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.models.gpt import GPT
@@ -52,13 +53,22 @@ def build_stages(config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype
     parts = Parts(grid.tensor, grid.context)
     layout = grid.layout
     stages = []
-    for cut in cuts(config.model.num_layers, layout.pipeline, layout.virtual, grid.stage):
+    for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
         model: Any = GPT(
             config.model, parts, vocab_size, config.data.seq_length, layers=cut.layers, first=cut.first, last=cut.last
         )
         model.recompute = config.parallel.recompute
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
+
+
+def stage_layers(config: Config, vocab_size: int) -> list[int]:
+    """Layers of each part of the pipeline: the user's, or balanced."""
+    parallel, model = config.parallel, config.model
+    if parallel.layers is not None:
+        return parallel.layers
+    head = vocab_size * model.hidden_size / layer_parameters(model)  # products a token: as many as weights
+    return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
 
 
 def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter | None:

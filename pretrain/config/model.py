@@ -133,20 +133,28 @@ class ModelConfig(Section):
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
 
-def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
-    """Weights of the model: what a checkpoint holds, the vocabulary without padding."""
+def layer_parameters(model: ModelConfig) -> int:
+    """Weights of one Transformer block."""
     hidden, inner = model.hidden_size, model.feed_forward_size
     q, kv = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
     up = 2 * inner if model.activation in GATED else inner
     bias = 1 if model.biases else 0
-    norm = hidden * (2 if model.norm == "layer" and model.biases else 1)
     attention = hidden * (q + 2 * kv) + q * hidden + bias * (q + 2 * kv + hidden)
     feed_forward = hidden * up + inner * hidden + bias * (up + hidden)
+    return attention + feed_forward + 2 * _norm_parameters(model)
+
+
+def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
+    """Weights of the model: what a checkpoint holds, the vocabulary without padding."""
+    hidden = model.hidden_size
     table = max(seq_length, model.max_positions or 0) * hidden if model.positions == "learned" else 0
     ends = vocab_size * hidden * (1 if model.tie_embeddings else 2) + table
-    return (
-        model.num_layers * (attention + feed_forward + 2 * norm) + ends + (norm if model.norm_position == "pre" else 0)
-    )
+    final = _norm_parameters(model) if model.norm_position == "pre" else 0
+    return model.num_layers * layer_parameters(model) + ends + final
+
+
+def _norm_parameters(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.norm == "layer" and model.biases else 1)
 
 
 def nearest_divisor(number: int, wished: int) -> int:
