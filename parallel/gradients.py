@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+NORM_PART = 2**16  # elements: torch's float32 norm of three million on a CPU is wrong in the fifth digit
 BUCKET = 2**25  # elements a flat reduction: large enough to fill a link, small enough to bound the copy
 
 
@@ -71,8 +72,10 @@ def counts_once(parameter: nn.Parameter, tensor_rank: int) -> bool:
 def global_norm(parameters: list[nn.Parameter], gradients: list[Tensor], tensor_rank: int, group: Any) -> Tensor:
     """Euclidean norm of the whole model's gradient, the same on every rank; group: tensor x pipeline ranks, or None."""
     ours = [g for p, g in zip(parameters, gradients, strict=True) if counts_once(p, tensor_rank)]
-    norms = torch._foreach_norm(ours) if ours else []
-    square = torch.stack(list(norms)).square().sum() if norms else torch.zeros((), device=gradients[0].device)
+    parts = [part for gradient in ours for part in gradient.view(-1).split(NORM_PART)]
+    square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    if parts:
+        square = torch.stack(list(torch._foreach_norm(parts))).double().square().sum()
     if group is not None:
         dist.all_reduce(square, group=group)
     return square.sqrt()

@@ -90,6 +90,12 @@ def _generate(args: argparse.Namespace) -> int:
     return generate.main(args)
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from pretrain import verify
+
+    return verify.main(args)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from pretrain import inspect
 
@@ -135,6 +141,27 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
     train.add_argument(
         "--help-config", action="store_true", help="print every field with its default and meaning, as YAML"
+    )
+    verify = add(
+        "verify",
+        _verify,
+        "Show that layouts train the same.",
+        'verify configs/gpt/demo.yaml --layouts "tp=2" "pp=2,zero=1"',
+    )
+    verify.add_argument("config", metavar="CONFIG", help="a YAML file")
+    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
+    verify.add_argument(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="LAYOUT",
+        help='such as "tp=2,sp,pp=2,zero=1,micro=2,recompute=full"',
+    )
+    verify.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps of each (default: 20)")
+    verify.add_argument("--tiny", action="store_true", help="the same options at small sizes")
+    verify.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    verify.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds a run may be silent (default: 600)"
     )
     _use_options(add)
     return top

@@ -152,19 +152,24 @@ class Run:
         self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
-        grid = self.grid
-        total = grid.total(loss.double() if grid.reads_loss else torch.zeros_like(loss, dtype=torch.float64))
-        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if grid.reads_data else 0, device=grid.device)
+        total, digest = self.global_facts(data, loss)
         self.reporter.log(
             step=self.state.step,
             tokens=self.state.samples * self.config.data.seq_length,
             samples=self.state.samples,
-            loss=total.item() / max(data.targets, 1.0),
+            loss=total / max(data.targets, 1.0),
             grad_norm=update.grad_norm,
             learning_rate=self.plan.learning_rate(self.before.step),
             batch_size=data.size,
-            batch_hash=f"{grid.total(digest).item() % 2**64:016x}",
+            batch_hash=digest,
         )
+
+    def global_facts(self, data: StepData, loss: torch.Tensor) -> tuple[float, str]:
+        """The step's sum of losses over all ranks, and the hash of its samples. Collective."""
+        grid = self.grid
+        total = grid.total(loss.double() if grid.reads_loss else torch.zeros_like(loss, dtype=torch.float64))
+        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if grid.reads_data else 0, device=grid.device)
+        return total.item(), f"{grid.total(digest).item() % 2**64:016x}"
 
     def validate(self) -> None:
         if self.validation is None:
