@@ -72,7 +72,7 @@ def counts_once(parameter: nn.Parameter, tensor_rank: int) -> bool:
 def global_norm(parameters: list[nn.Parameter], gradients: list[Tensor], tensor_rank: int, group: Any) -> Tensor:
     """Euclidean norm of the whole model's gradient, the same on every rank; group: tensor x pipeline ranks, or None."""
     ours = [g for p, g in zip(parameters, gradients, strict=True) if counts_once(p, tensor_rank)]
-    parts = [part for gradient in ours for part in gradient.view(-1).split(NORM_PART)]
+    parts = [part for gradient in ours for part in gradient.reshape(-1).split(NORM_PART)]
     square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     if parts:
         square = torch.stack(list(torch._foreach_norm(parts))).double().square().sum()
