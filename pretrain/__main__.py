@@ -20,9 +20,12 @@ OURS = ("kernels", "parallel", "launch")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message and gives 2, Ctrl-C gives 130."""
     try:
-        check_packages()
-        args = parser().parse_args(argv)
-        return args.run(args)
+        try:
+            check_packages()
+            args = parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left is no error; not when Python exits
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -224,7 +227,7 @@ def _use_options(add: object) -> None:
         "Loss, perplexity and bits per byte, as one JSON line.",
         "evaluate runs/demo --data shards/validation",
     )
-    evaluate.add_argument("run_folder", metavar="RUN")
+    evaluate.add_argument("run_folder", metavar="RUN", help="folder of a run")
     evaluate.add_argument(
         "--data", required=True, metavar="DIR|TEXT", help="a folder of shards, a text file or a folder of them"
     )
@@ -239,7 +242,7 @@ def _use_options(add: object) -> None:
     generate = add(
         "generate", _generate, "Text by a trained model.", 'generate runs/demo --prompt "def main" --temperature 0.8'
     )
-    generate.add_argument("run_folder", metavar="RUN")
+    generate.add_argument("run_folder", metavar="RUN", help="folder of a run")
     generate.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with")
     generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length at most (default: 200)")
     generate.add_argument(
@@ -259,16 +262,21 @@ def _use_options(add: object) -> None:
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts (default: 1)")
     generate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
-    inspect.add_argument("path", metavar="RUN|DATA")
+    inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
     inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
     inspect.add_argument(
         "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
     )
     inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
     board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
-    board.add_argument("runs", nargs="+", metavar="RUN")
-    board.add_argument("--port", type=int, default=6006, metavar="N", help="(default: 6006)")
-    board.add_argument("--host", default="localhost", metavar="NAME", help="(default: localhost)")
+    board.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, side by side")
+    board.add_argument("--port", type=int, default=6006, metavar="N", help="where it listens (default: 6006)")
+    board.add_argument(
+        "--host",
+        default="localhost",
+        metavar="NAME",
+        help="who may connect: 0.0.0.0 for all (default: localhost, this machine)",
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ products need. Work that is done twice (recomputation) or thrown away (masked sc
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from pretrain.config.model import ModelConfig, parameter_count
 
-# Dense bfloat16 peaks without sparsity, TFLOP/s, from the makers' data sheets; the first name that is part of the
-# device's counts.
+# Dense bfloat16 peaks without sparsity, TFLOP/s, from the makers' data sheets; the first that stands as whole words in the
+# device's name counts (an RTX A4000 is no A40).
 PEAKS = {
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -48,4 +51,6 @@ def peak_flops(device: torch.device, compute: str, given_tflops: float | None) -
     if device.type != "cuda" or compute != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+    if re.search(r"\b(MIG|Laptop|Max-Q|D|Ti)\b", name):  # a part of the device, or a slower one of the same name
+        return None
+    return next((peak * 1e12 for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -45,10 +45,10 @@ class Plan:
         segments, step, sample = [], 0, 0
         for number, size in enumerate(sizes, start=1):
             segments.append(Segment(step, sample, size))
-            end = ramp.length.count * number / max(len(sizes), 1)
             at = step if ramp.length.unit == "steps" else sample * self.seq_length
             each = 1 if ramp.length.unit == "steps" else size * self.seq_length
-            steps = max(math.ceil((end - at) / each), 0)
+            # Until `number` of the equal parts of the length are over, in whole numbers: exact at any length.
+            steps = max(_ceil(ramp.length.count * number - at * len(sizes), each * len(sizes)), 0)
             step, sample = step + steps, sample + steps * size
         return [*segments, Segment(step, sample, self.batch_size)]
 
@@ -70,9 +70,9 @@ class Plan:
         """Steps until the span is reached or passed."""
         if span.unit == "steps":
             return span.count
-        samples = math.ceil(span.count / self.seq_length)
+        samples = _ceil(span.count, self.seq_length)
         segment = next(s for s in reversed(self.segments) if s.sample < samples or s.step == 0)
-        return segment.step + math.ceil((samples - segment.sample) / segment.size)
+        return segment.step + _ceil(samples - segment.sample, segment.size)
 
     def steps_from(self, step: int) -> Iterator[tuple[int, int]]:
         """(first sample number, sequences) of each step from here to the end."""
@@ -124,3 +124,7 @@ class Plan:
     def _length(self, span: Span) -> int:
         """A span in the unit of schedule.total."""
         return span.count if (span.unit == "tokens") == self.in_tokens else self._position(self.steps(span))
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from collections.abc import Iterator
 
+from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
 
 
@@ -18,15 +19,14 @@ class DataConfig(Section):
     window: int = meaning(16, "chunks of a lane that are mixed at a time; part of the data's order", ge=1)
     prefetch: int = meaning(2, "batches read ahead of the training loop", ge=1)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        if not self.train_folders:
-            raise ValueError("train: name at least one folder of shards")
-        if self.weights is not None and len(self.weights) != len(self.train_folders):
-            raise ValueError(f"weights: {len(self.weights)} weights for {len(self.train_folders)} train folders")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError("weights: each must be above 0; leave a folder out instead")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        folders, weights = self.train_folders, self.weights
+        if not folders:
+            yield Problem("train", "is empty", "name at least one folder of shards")
+        if weights is not None and len(weights) != len(folders):
+            yield Problem("weights", f"{len(weights)} for {len(folders)} train folders", "give one a folder, or null")
+        if weights is not None and any(weight <= 0 for weight in weights):
+            yield Problem("weights", f"{weights}: each must be above 0", "leave a folder out instead")
 
     @property
     def train_folders(self) -> list[str]:

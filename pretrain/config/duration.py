@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-FORM = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s+(steps?|tokens?)", re.IGNORECASE)
+FORM = re.compile(r"(\d{1,19}(?:\.\d{1,19})?(?:e\d{1,2})?)\s*([KMBT]?)\s+(steps?|tokens?)", re.IGNORECASE)
+LONGEST = 10**18  # beyond any run; keeps positions within 64 bits
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ def parse_span(value: Any) -> Any:
         return value
     match = FORM.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f'expected a duration such as "200 steps" or "10M tokens", found {value!r}')
+        raise ValueError(f'expected a duration such as "200 steps" or "10M tokens", found {value!r:.60}')
     number, suffix, unit = match.groups()
-    count = float(number) * UNITS[suffix.upper()]
-    if count != int(count):
+    count = Fraction(number) * UNITS[suffix.upper()]  # exact: as floats, 4.1e6 is not 4.1 x 1e6
+    if count.denominator != 1:
         raise ValueError(f"{value!r} is not a whole number of {unit}")
+    if count > LONGEST:
+        raise ValueError(f"{value!r} is more than {LONGEST:.0e} {unit}, which no run is")
     return Span(int(count), "steps" if unit.lower().startswith("step") else "tokens")
 
 
@@ -45,7 +49,7 @@ Duration = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(str, ret
 
 def _positive(span: Span) -> Span:
     if span.count < 1:
-        raise ValueError(f"an interval must be at least 1 step or token, found {span}")
+        raise ValueError(f"must be at least 1 step or token, found {span}")
     return span
 
 

@@ -16,6 +16,7 @@ from parallel.layout import Problem, Shapes, layout_problems
 from pretrain.config import yaml
 from pretrain.config.duration import Span
 from pretrain.config.run import Config
+from pretrain.config.section import Inconsistent
 from pretrain.errors import UserError
 
 # What may differ when a run is resumed. Nothing here decides the numbers of a step: the data is known by its hashes,
@@ -34,13 +35,12 @@ FREE = (
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with overrides. Raises UserError with every problem, each with its path and mend."""
-    values, problems = _read(Path(path)), []
-    for override in overrides:
-        problems += _apply(values, override)
+    values = _read(Path(path))
+    problems = [problem for override in overrides for problem in _apply(values, override)]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise problem_error(f"{path}: this configuration cannot be used", [*problems, *_translate(error)]) from None
+        problems += _translate(error)
     if problems:
         raise problem_error(f"{path}: this configuration cannot be used", problems)
     return config
@@ -116,9 +116,10 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(yaml.MAX_BYTES + 1).decode()  # a wrong path may lead to gigabytes
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. {_ready()}") from None
+        raise UserError(f"{path}: there is no such file{_ready()}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
     try:
@@ -134,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _ready() -> str:
     found = sorted(str(path) for path in Path("configs").glob("*/*.yaml"))
-    return f"Ready ones: {', '.join(found)}" if found else ""
+    return f"; ready ones: {', '.join(found)}" if found else ""
 
 
 def _apply(values: dict[str, Any], override: str) -> list[Problem]:
@@ -150,10 +151,14 @@ def _apply(values: dict[str, Any], override: str) -> list[Problem]:
     except ValueError as error:
         return [Problem(override, f"the value is not valid YAML: {error}", "")]
     place = values
-    for key in keys[:-1]:
-        inner = place.get(key)
-        place[key] = dict(inner) if isinstance(inner, dict) else {}
-        place = place[key]
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = place.setdefault(key, {})
+        if inner is None:  # a section without a value, or one that may be null
+            inner = place[key] = {}
+        if not isinstance(inner, dict):
+            message = f"{'.'.join(keys[:depth])} is {inner!r:.60}, no section"
+            return [Problem(path.strip(), message, "give that a value, or name a field of a section")]
+        place = inner
     place[keys[-1]] = value
     return []
 
@@ -161,25 +166,31 @@ def _apply(values: dict[str, Any], override: str) -> list[Problem]:
 # -- pydantic's errors in this program's words -----------------------------------------------------------------------
 
 
-def _translate(error: ValidationError) -> Iterator[Problem]:
-    seen = set()
+def _translate(error: ValidationError) -> list[Problem]:
+    between: list[Problem] = []
+    found: dict[str, tuple[int, Problem]] = {}
     for item in error.errors():
         keys = [str(key) for key in item["loc"]]
+        reason = item.get("ctx", {}).get("error")
+        if isinstance(reason, Inconsistent):
+            between += [problem._replace(path=".".join([*keys, problem.path])) for problem in reason.problems]
+            continue
         problem = _unknown(keys) if item["type"] == "extra_forbidden" else _invalid(keys, item)
-        if problem.path not in seen or item["type"] == "value_error":
-            seen.add(problem.path)
-            yield problem
+        # Each alternative of a union has its own error: the one that was followed furthest is meant.
+        if len(keys) > found.get(problem.path, (0, problem))[0]:
+            found[problem.path] = len(keys), problem
+    return [*(problem for _, problem in found.values()), *between]
 
 
 def _unknown(keys: list[str]) -> Problem:
     section = _section(keys[:-1])
     names = list(section.model_fields)
-    near = difflib.get_close_matches(keys[-1], names, 1, 0.5)
+    inside = sorted((name for name in names if keys[-1] in name), key=len)
+    close = inside[:1] or difflib.get_close_matches(keys[-1], names, 1)
+    near = [".".join([*keys[:-1], name]) for name in close]
     elsewhere = [f"{name}.{keys[-1]}" for name, part in _sections() if keys[-1] in part.model_fields]
-    if near:
-        mend = f"did you mean {'.'.join([*keys[:-1], near[0]])}?"
-    else:
-        mend = f"did you mean {elsewhere[0]}?" if elsewhere else f"there are: {', '.join(names)}"
+    meant = " or ".join([*near, *elsewhere])
+    mend = f"did you mean {meant}?" if meant else f"there are: {', '.join(names)}"
     return Problem(".".join(keys), "unknown key", mend)
 
 
@@ -198,8 +209,8 @@ def _invalid(keys: list[str], item: Any) -> Problem:
     while field is None and len(keys) > 1:
         keys = keys[:-1]
         field, path = _field(keys), ".".join(keys)
-    meant = f"it is: {field.description}" if field is not None and field.description else ""
-    return Problem(path, message, meant)
+    mend = f"it is: {field.description}" if field is not None and field.description else ""
+    return Problem(path, message, mend or "give it fields, or leave it out")
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
@@ -256,5 +267,5 @@ def _entry(name: str, field: FieldInfo) -> str:
         value = "..."
     else:
         plain = str(default) if isinstance(default, Span) else list(default) if isinstance(default, tuple) else default
-        value = yaml.dump([plain]).strip()[1:-1]
+        value = yaml.dump(plain).removesuffix("...\n").strip()
     return f"{f'{name}: {value}':<34}  # {field.description}"

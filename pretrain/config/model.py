@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from itertools import count
+from typing import Literal
 
-from pydantic import model_validator
-
+from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
 
 GATED = ("swiglu", "geglu")
@@ -21,6 +22,13 @@ class RopeScaling(Section):
     )
     high_frequency_factor: float = meaning(4.0, "llama3: above this many turns, leave as it is", gt=0)
     original_positions: int = meaning(8192, "llama3: positions that the model was trained on", ge=1)
+
+    def problems(self) -> Iterator[Problem]:
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if self.kind == "llama3" and high <= low:
+            yield Problem(
+                "high_frequency_factor", f"{high} is not above low_frequency_factor {low}", "the usual are 4, 1"
+            )
 
 
 class ModelConfig(Section):
@@ -70,33 +78,28 @@ class ModelConfig(Section):
         True, "divide that by sqrt(2 x layers) where a layer adds to the residual (GPT-2)"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        wrong = list(self._problems())
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
-
-    def _problems(self) -> Any:
-        if self.head_size is None and self.hidden_size % self.num_heads:
-            yield (
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
-                f"give {nearest_divisor(self.hidden_size, self.num_heads)} heads, or a head_size"
-            )
-        if self.num_heads % self.kv_heads:
-            yield (
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: "
-                f"the nearest that works is {nearest_divisor(self.num_heads, self.kv_heads)}"
-            )
-        if self.positions == "rope" and self.size_of_head % 2:
-            yield f"rope needs an even head size, found {self.size_of_head}"
-        if self.rope_scaling is not None and self.positions != "rope":
-            yield f"rope_scaling has no effect with positions: {self.positions}; remove it, or set positions: rope"
-        if self.positions == "sinusoidal" and self.hidden_size % 2:
-            yield f"sinusoidal positions need an even hidden_size, found {self.hidden_size}"
+    def problems(self) -> Iterator[Problem]:
+        hidden, heads, kv_heads = self.hidden_size, self.num_heads, self.kv_heads
+        if self.head_size is None and hidden % heads:
+            mend = f"give {nearest_divisor(hidden, heads)} heads, or a head_size"
+            yield Problem("hidden_size", f"{hidden} is not a multiple of num_heads {heads}", mend)
+        if heads % kv_heads:
+            mend = f"the nearest that works: {nearest_divisor(heads, kv_heads)}"
+            yield Problem("num_kv_heads", f"num_heads {heads} is not a multiple of {kv_heads}", mend)
+        yield from self._position_problems()
         windows = self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]
         if not windows or any(window is not None and window < 1 for window in windows):
-            yield f"attention_window {self.attention_window}: give tokens >= 1, null, or a list of these"
+            mend = "give tokens >= 1, null, or a list of these"
+            yield Problem("attention_window", f"{self.attention_window} shows no tokens", mend)
+
+    def _position_problems(self) -> Iterator[Problem]:
+        if self.positions == "rope" and self.size_of_head % 2:
+            yield Problem("positions", f"rope needs an even head size, found {self.size_of_head}", "set head_size")
+        if self.rope_scaling is not None and self.positions != "rope":
+            mend = "remove it, or set positions: rope"
+            yield Problem("rope_scaling", f"has no effect with positions: {self.positions}", mend)
+        if self.positions == "sinusoidal" and self.hidden_size % 2:
+            yield Problem("hidden_size", f"sinusoidal positions need an even one, found {self.hidden_size}", "add 1")
 
     @property
     def kv_heads(self) -> int:
@@ -159,4 +162,9 @@ def _norm_parameters(model: ModelConfig) -> int:
 
 def nearest_divisor(number: int, wished: int) -> int:
     """The divisor of `number` that is nearest to `wished`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wished), d))
+    near = min(wished, number)
+    for distance in count():  # outwards, as a wish lies mostly near a divisor, and `number` may be large
+        for divisor in (near - distance, near + distance):
+            if divisor > 0 and number % divisor == 0:
+                return divisor
+    raise AssertionError("1 divides every number")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from parallel.layout import ParallelConfig
+from parallel.layout import ParallelConfig, Problem
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.monitoring import MonitorConfig
@@ -38,16 +39,13 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        monitor = self.monitor
-        limit = self.model.max_positions
+    def problems(self) -> Iterator[Problem]:
+        monitor, limit = self.monitor, self.model.max_positions
         if limit is not None and limit < self.data.seq_length:
-            raise ValueError(f"data.seq_length {self.data.seq_length} is longer than model.max_positions {limit}")
-        if self.data.validation is None and (monitor.validate_every is not None or monitor.patience is not None):
-            raise ValueError(
-                "monitor.validate_every and patience need held-out data: set data.validation, or remove them"
-            )
+            message = f"{self.data.seq_length} is longer than model.max_positions {limit}"
+            yield Problem("data.seq_length", message, "lower it, or raise model.max_positions")
+        for name in ("validate_every", "patience"):
+            if self.data.validation is None and getattr(monitor, name) is not None:
+                yield Problem(f"monitor.{name}", "needs held-out data", "set data.validation, or remove it")
         if monitor.patience is not None and monitor.validate_every is None:
-            raise ValueError("monitor.patience counts validations: set monitor.validate_every")
-        return self
+            yield Problem("monitor.patience", "counts validations", "set monitor.validate_every")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16  # read in under a second
 CORE = {  # tag, pattern, first characters (YAML 1.2, section 10.3.2)
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN"),
@@ -28,6 +28,17 @@ for _tag, (_pattern, _starts) in CORE.items():
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = RESOLVERS
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        wrong = ""
+        if isinstance(event, yaml.AliasEvent):  # a few lines of these could stand for gigabytes
+            wrong = f"*{event.anchor} stands for another value: write that out"
+        elif event.tag is not None:
+            wrong = f"{event.tag} is a tag, and values have none here: remove it"
+        if wrong:
+            raise yaml.composer.ComposerError(None, None, wrong, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -52,6 +63,15 @@ def _float(loader: yaml.SafeLoader, node: Any) -> float:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
+def _text(loader: yaml.SafeLoader, node: Any) -> str:
+    text = loader.construct_scalar(node)
+    try:  # JSON, which YAML 1.2 contains, escapes characters above U+FFFF as a pair of surrogates
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair", node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
@@ -63,16 +83,26 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
+    """Text. PyYAML takes more than \\n for an end of line, which its plain and single-quoted forms do not keep."""
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\r\x85\u2028\u2029") else None
+    )
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 def parse(text: str) -> Any:
     """The value of a YAML text. Raises ValueError with the line and what is wrong."""
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB, which no configuration is")
+    if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 10} KiB, which no configuration is")
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from error
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

@@ -1,0 +1,112 @@
+"""What may differ when a run is resumed: every field of the configuration, changed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pretrain.config.load import resume_problems
+from pretrain.config.run import Config
+
+# Rich, so that no field is at a value that allows no other.
+BASE = Config.model_validate(
+    {
+        "model": {"max_positions": 512, "positions": "rope"},
+        "data": {"train": "a", "validation": "b", "weights": [1.0]},
+        "batch": {"size": 16, "ramp": {"start": 4, "increment": 2, "length": "8 steps"}},
+        "schedule": {"total": "100 steps", "warmup": "5 steps", "decay": "90 steps"},
+        "parallel": {"recompute": "none"},
+        "monitor": {"validate_every": "10 steps"},
+    }
+)
+# DESIGN, promise 2: "On resume only `parallel`, `batch.micro_size`, `monitor`, `checkpoint` and a longer `schedule.total`
+# may differ"; and what does not decide the numbers: where the run and the shards lie, how far is read ahead.
+MAY_DIFFER = ("parallel.", "monitor.", "checkpoint.", "batch.micro_size", "run.dir", "data.train", "data.validation")
+MAY_DIFFER += ("data.prefetch", "schedule.total")
+ONE_VALUE = ("version", "model.kind", "objective.kind", "optimizer.kind")
+WORDS = ("swiglu", "rms", "post", "alibi", "linear", "wsd", "full", "fp32", "never", "other")
+CANDIDATES = (
+    False,
+    True,
+    2,
+    3,
+    4,
+    0.5,
+    0.25,
+    3.5,
+    768,
+    [0.5],
+    [0.5, 0.5],
+    {"kind": "ntk"},
+    "120 steps",
+    "7 steps",
+    *WORDS,
+)
+
+
+def leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def changed(path: str) -> Config:
+    """BASE with another value at `path`, the first that the configuration takes."""
+    for candidate in CANDIDATES:
+        values = BASE.model_dump(mode="json")
+        *sections, key = path.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        if place[key] == candidate:
+            continue
+        place[key] = candidate
+        try:
+            return Config.model_validate(values)
+        except ValidationError:
+            continue
+    raise AssertionError(f"no other value found for {path}")
+
+
+@pytest.mark.parametrize("path", [path for path in leaves(BASE.model_dump(mode="json")) if path not in ONE_VALUE])
+def test_only_what_does_not_change_the_numbers_may_differ(path: str) -> None:
+    problems = resume_problems(BASE, changed(path))
+    if path.startswith(MAY_DIFFER):
+        assert problems == []
+    else:
+        assert [problem.path for problem in problems] == [path]
+        assert "was started with" in problems[0].message and "run.dir" in problems[0].mend
+
+
+def with_total(total: str) -> Config:
+    return Config.model_validate({**BASE.model_dump(mode="json"), "schedule": {"total": total}})
+
+
+@pytest.mark.parametrize(("before", "after"), [("100 steps", "101 steps"), ("1M tokens", "1B tokens")])
+def test_a_run_may_become_longer(before: str, after: str) -> None:
+    assert resume_problems(with_total(before), with_total(after)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("100 steps", "99 steps"), ("1B tokens", "1M tokens"), ("100 steps", "1B tokens")]
+)
+def test_a_run_may_not_become_shorter_or_be_counted_otherwise(before: str, after: str) -> None:
+    (problem,) = resume_problems(with_total(before), with_total(after))
+    assert problem.path == "schedule.total" and "can only become longer" in problem.mend
+    assert before in problem.message and after in problem.message
+
+
+def test_a_removed_section_and_several_differences_are_all_named() -> None:
+    values = BASE.model_dump(mode="json")
+    values["batch"]["ramp"], values["run"]["seed"], values["optimizer"]["betas"] = None, 7, [0.8, 0.9]
+    problems = resume_problems(BASE, Config.model_validate(values))
+    assert {problem.path for problem in problems} == {"batch.ramp", "run.seed", "optimizer.betas"}
+
+
+def test_the_same_configuration_resumes() -> None:
+    assert resume_problems(BASE, Config.model_validate(BASE.model_dump(mode="json"))) == []
