@@ -349,7 +349,7 @@ def test_every_batch_size_of_a_ramp_is_checked_against_the_processes() -> None:
 
 
 def test_all_that_is_wrong_with_a_layout_is_told_at_once() -> None:
-    config = load("parallel: {tensor: 4, pipeline: 4, context: 2, zero: 3}")
+    config = load("parallel: {tensor: 4, pipeline: 7, context: 5, zero: 3}")
     with pytest.raises(UserError) as caught:
         check_layout(config, 3)
     paths = [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]]
