@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.engine import MOMENTS, Engine, Share
 from parallel.gradients import counts_once
 from parallel.grid import Grid
 from parallel.logical import Piece, canonical
-from parallel.zero import MOMENTS, Engine, Share
 
 KINDS = ("weight", *MOMENTS)  # what is kept of each logical tensor
 

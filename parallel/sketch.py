@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import noise
+from parallel.engine import Engine, Share
 from parallel.gradients import counts_once
 from parallel.grid import Grid
 from parallel.logical import Piece, canonical
-from parallel.zero import Engine, Share
 
 Sketch = np.ndarray[Any, np.dtype[np.float64]]
 

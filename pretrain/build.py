@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.layers import Parts
 from parallel.schedules import Schedule
 from parallel.stages import Stage, cuts, layers_of_parts
-from parallel.zero import AdamWOptions, Engine, make_engine, set_weights
+from parallel.zero import make_engine
 from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError

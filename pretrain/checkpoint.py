@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.boxes import held_boxes, local_boxes, row_length, wanted_rows
+from parallel.engine import Engine
 from parallel.grid import Grid
 from parallel.logical import Piece
-from parallel.zero import Engine
 from pretrain.errors import UserError
 from pretrain.storage import Entry, Wanted, read_boxes, tensor_name, write_boxes
 

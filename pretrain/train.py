@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from parallel.engine import Step
 from parallel.grid import Grid, start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
-from parallel.zero import Step
 from pretrain import checkpoint, runs
 from pretrain.build import Built, build, choose_precision
 from pretrain.checkpoint import State

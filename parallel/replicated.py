@@ -1,0 +1,93 @@
+"""ZeRO stage 0: the whole optimizer on every replica."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, start_state
+from parallel.gradients import average, global_norm, sum_tied
+from parallel.grid import Grid
+from parallel.stages import Stage, parameter_paths
+
+
+class PlainEngine(Counted):
+    """ZeRO stage 0: gradients averaged in flat buckets, the whole optimizer on every data-parallel rank.
+
+    With a bfloat16 model the masters are float32 copies, and gradients accumulate into float32 as each micro-batch's
+    backward produces them (bfloat16 accumulation loses the small ones).
+    """
+
+    replicated = True
+
+    def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
+        self.grid, self.options, self.tied = grid, options, tied
+        self.modules: Sequence[Any] = stages
+        self.names = parameter_paths(stages)
+        self.optimizer = adamw(self.names, options)
+        self.parameters: list[nn.Parameter] = []
+        self.masters: list[nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            masters = [p if p.dtype == torch.float32 else _master(p) for p in group["params"]]
+            self.parameters += group["params"]
+            self.masters += masters
+            group["params"] = masters
+        start_state(self.optimizer)
+
+    def step(self, learning_rate: float) -> Step:
+        sum_tied(self.tied, self.grid.embedding_group)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.grad, parameter._hp_grad = parameter._hp_grad, None  # type: ignore[attr-defined]
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        assert len(gradients) == len(self.masters), "a parameter took no part in the loss"
+        if self.grid.replica_size > 1:
+            average(gradients, self.grid.replica_group)
+        norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
+        value = norm.item()
+        applied = math.isfinite(value)
+        if applied:
+            self._update(norm, learning_rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Step(value, applied)
+
+    def _update(self, norm: Tensor, learning_rate: float) -> None:
+        if self.options.clip_norm > 0:
+            # torch's fused step divides gradients by this, in its own pass (made for loss scaling)
+            scale = ((norm + 1e-6) / self.options.clip_norm).clamp(min=1.0)
+            self.optimizer.grad_scale = scale.to(torch.float32)  # type: ignore[attr-defined]
+        self._set_rate(learning_rate)
+        self.optimizer.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        changed = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        if changed:
+            torch._foreach_copy_([p.data for p, _ in changed], [m.data for _, m in changed])
+
+    def shares(self) -> Iterator[Share]:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            state = self.optimizer.state[master]
+            moments = {name: state[name].view(-1) for name in MOMENTS}
+            yield Share(self.names[parameter], parameter, 0, parameter.numel(), master.data.view(-1), moments)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    master = nn.Parameter(parameter.detach().float())
+
+    def accumulate(p: nn.Parameter) -> None:
+        assert p.grad is not None
+        held = getattr(p, "_hp_grad", None)
+        if held is None:
+            p._hp_grad = p.grad.float()  # type: ignore[attr-defined]
+        else:
+            held.add_(p.grad)
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(accumulate)
+    return master
