@@ -4,6 +4,10 @@ A mask element is a function of its place in the *unsharded* activation, so ever
 the same mask and there is no state to save. 32-bit integer arithmetic only (it wraps in torch, vectorises on a CPU and is
 what a GPU multiplies fastest). The mixer is the `triple32` bijection of C. Wellons, "Prospecting for Hash Functions" (2018),
 whose bias is within noise of an ideal random permutation; a row's key is mixed with the column by one further round.
+
+Always: a place is multiplied only after it was mixed with a key, or by so little that it stays below 2^31. In inductor's C++ a
+place is a loop counter, whose range GCC knows, and it takes signed overflow for impossible: a product that must overflow
+becomes a constant, and the mask another one than outside of torch.compile.
 """
 
 from __future__ import annotations
@@ -62,20 +66,19 @@ def split_keys(keys: Tensor, first: int, count: int) -> Tensor:
     A part's key depends on its number alone, so a mask is the same however the parts are shared out.
     """
     parts = torch.arange(first, first + count, dtype=torch.int32, device=keys.device)
-    return mix(keys[:, None] ^ mix(parts ^ _i32(0x9E3779B9))[None, :]).reshape(-1)
+    return mix(mix(keys ^ _i32(0x9E3779B9))[:, None] ^ parts[None, :]).reshape(-1)
 
 
 def keep_mask(keys: Tensor, site: int, rows: Tensor, columns: Tensor, rate: float) -> Tensor:
     """Boolean mask, True with probability 1 - rate.
 
     keys (B,) int32 from `sample_keys`; site: which dropout of the model (unique within it); rows (R,) and columns (C,) int
-    places in the unsharded activation. Returns (B, R, C).
+    places in the unsharded activation, columns below a million. Returns (B, R, C).
     """
-    # Places enter by exclusive or, never as place * constant: inductor's C++ would do that in a loop counter, where signed
-    # overflow is undefined, and GCC then drops the loop's end.
     site_keys = mix(keys ^ _i32(site * 0x9E3779B9))
     row_keys = mix(site_keys[:, None] ^ rows.to(torch.int32)[None, :])
-    column_keys = (columns.to(torch.int32) ^ _i32(0xC2B2AE35)) * _i32(0x85EBCA6B)
+    # Spread, or rows whose keys differ in their low bits alone would have the same mask in another order.
+    column_keys = columns.to(torch.int32) * 2039
     bits = mix_fast(row_keys[:, :, None] ^ column_keys[None, None, :])
     return bits >= math.floor(rate * 2**32) - 2**31
 
