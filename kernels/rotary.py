@@ -37,6 +37,10 @@ def frequencies(head_size: int, base: float, scaling: Mapping[str, object] | Non
         raise ValueError(f"unknown rotary scaling {kind!r}: expected one of {', '.join(SCALINGS)}")
     factor = 1.0 if scaling is None else float(scaling.get("factor", 1.0))  # type: ignore[arg-type]
     if kind == "ntk":
+        if head_size == 2:
+            raise ValueError(
+                "rotary scaling ntk needs a head size of more than 2: a single frequency has no slowest one"
+            )
         base = base * factor ** (head_size / (head_size - 2))
     values = 1.0 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     if kind == "linear":
@@ -51,6 +55,8 @@ def _llama3(values: Tensor, factor: float, scaling: Mapping[str, object]) -> Ten
     low = float(scaling.get("low_frequency_factor", 1.0))  # type: ignore[arg-type]
     high = float(scaling.get("high_frequency_factor", 4.0))  # type: ignore[arg-type]
     original = float(scaling.get("original_positions", 8192))  # type: ignore[arg-type]
+    if high <= low:
+        raise ValueError(f"llama3 needs high_frequency_factor above low_frequency_factor, found {high} and {low}")
     turns = original * values / (2 * math.pi)  # that a feature makes over the sequence it was trained on
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return values * (kept + (1.0 - kept) / factor)

@@ -37,7 +37,7 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, sampling: Sampling,
     caches, seen = model.make_caches(1, length), 0
     for place in range(max_tokens):
         if len(ids) > length:
-            ids, caches, seen = ids[-(length // 2) :], model.make_caches(1, length), 0
+            ids, caches, seen = ids[-max(length // 2, 1) :], model.make_caches(1, length), 0
         window = torch.tensor([ids[seen:]], device=device)
         logits = model.logits(window, caches, first=seen)[0, -1]
         seen = len(ids)
@@ -52,17 +52,14 @@ def choose(logits: Tensor, sampling: Sampling, place: int) -> int:
     """Draw from logits (V,). The draw is a function of (seed, place), as all randomness here."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k:
-        smallest = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    # Cut, not masked: of tokens as likely as the k-th the first stay, and what is cut away can never be drawn.
+    logits, order = (logits.float() / sampling.temperature).sort(descending=True, stable=True)
+    probabilities = logits[: sampling.top_k or None].softmax(-1).double()
     sums = probabilities.cumsum(-1)
     if sampling.top_p < 1:
-        probabilities = probabilities * (sums - probabilities < sampling.top_p)  # the first always stays
-        sums = probabilities.cumsum(-1)
-    drawn = noise.key(sampling.seed, "generate", place) / 2**31 * sums[-1]
-    return int(order[int(torch.searchsorted(sums, drawn, right=True).clamp(max=len(order) - 1))])
+        sums = sums[: int((sums - probabilities < sampling.top_p).sum())]  # the first always stays
+    drawn = noise.key(sampling.seed, "generate", place) / 2**31 * sums[-1]  # below the last sum, also when rounded
+    return int(order[int(torch.searchsorted(sums, drawn, right=True))])
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

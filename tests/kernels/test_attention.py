@@ -1,0 +1,327 @@
+"""Attention against a dense float64 reference, forward and backward; and its dropout, cache and head coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention as module
+from kernels.attention import alibi_slopes, attention
+from kernels.noise import keep_mask, sample_keys, split_keys
+
+SITE = 9
+
+
+class Shape(NamedTuple):
+    queries: int
+    keys: int
+    heads: int = 4
+    groups: int = 4
+    batch: int = 2
+    size: int = 8
+
+
+def tensors(shape: Shape, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, S, N, D), k and v (B, T, G, D) that want gradients."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = [(shape.queries, shape.heads), (shape.keys, shape.groups), (shape.keys, shape.groups)]
+    made = [torch.randn(shape.batch, *size, shape.size, generator=generator, dtype=torch.float64) for size in sizes]
+    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in made)
+    return q, k, v
+
+
+def visible_places(queries: int, keys: int, causal: bool, window: int | None, first_query: int) -> Tensor:
+    """(S, T), pair by pair as the documentation says it."""
+
+    def sees(i: int, j: int) -> bool:
+        place = first_query + i
+        return (not causal or j <= place) and (window is None or abs(place - j) < window)
+
+    return torch.tensor([[sees(i, j) for j in range(keys)] for i in range(queries)]).view(queries, keys)
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    first_query: int = 0,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The definition, all scores at once. keep (B, N, S, T): which probabilities dropout leaves."""
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    share = heads // k.shape[2]
+    k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
+    scores = torch.einsum("bsnd,btnd->bnst", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if slopes is not None:
+        places = torch.arange(queries)[:, None] + first_query
+        scores = scores - slopes[:, None, None] * (places - torch.arange(keys)[None, :]).abs()
+    visible = visible_places(queries, keys, causal, window, first_query)
+    powers = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * visible
+    weights = powers / powers.sum(-1, keepdim=True).clamp(min=1e-300)
+    if keep is not None:
+        weights = weights * keep / (1 - dropout)
+    return torch.einsum("bnst,btnd->bsnd", weights, v)
+
+
+def gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of a sum with uneven weights; zeros where the result does not depend on an input."""
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape).sin()
+    found = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def assert_equals_dense(
+    shape: Shape, dtype: torch.dtype = torch.float64, tolerance: float = 1e-11, **options: Any
+) -> None:
+    ours = tensors(shape, dtype)
+    theirs = tuple(tensor.detach().double().requires_grad_() for tensor in ours)
+    slopes = options.pop("slopes", None)
+    if slopes is not None:
+        slope = slopes.to(dtype).requires_grad_()
+        ours, theirs = (*ours, slope), (*theirs, slopes.double().requires_grad_())
+        out = attention(*ours[:3], slopes=slope, **options)
+        expected = dense(*theirs[:3], slopes=theirs[3], **options)
+    else:
+        out, expected = attention(*ours, **options), dense(*theirs, **options)
+    assert out.dtype == dtype
+    assert out.shape == ours[0].shape
+    close(out, expected, tolerance)
+    for name, found, wanted in zip(
+        ["q", "k", "v", "slopes"], gradients(out, ours), gradients(expected, theirs), strict=False
+    ):
+        close(found, wanted, tolerance, name)
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float, name: str = "output") -> None:
+    size = wanted.abs().max().clamp(min=1.0) if wanted.numel() else torch.ones(())
+    difference = (found.double() - wanted.double()).abs().max() if wanted.numel() else torch.zeros(())
+    assert difference <= tolerance * size, f"{name}: {difference} of {size}"
+
+
+@pytest.fixture(params=["library", "blocks"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of computing plain attention, whatever would be chosen for its shape."""
+    monkeypatch.setattr(module, "_library_is_faster", lambda q: request.param == "library")
+
+
+# Around the 64 queries a block at least, and the quarters that a longer sequence is cut into.
+LENGTHS = [1, 5, 63, 64, 65, 130, 257, 301]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_dense_attention_around_the_block_sizes(length: int, causal: bool, path: None) -> None:
+    assert_equals_dense(Shape(length, length, batch=1, heads=2, groups=2), causal=causal)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_read_the_key_head_of_their_group(groups: int, causal: bool, path: None) -> None:
+    assert_equals_dense(Shape(70, 70, heads=6, groups=groups), causal=causal)
+    assert_equals_dense(Shape(70, 70, heads=6, groups=groups), causal=causal, window=9, slopes=torch.rand(6))
+
+
+@pytest.mark.parametrize("length", [65, 257])
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 256, 257, 1000])
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_is_the_places_less_than_that_far_away(length: int, window: int, causal: bool) -> None:
+    assert_equals_dense(Shape(length, length, batch=1, heads=2, groups=1), causal=causal, window=window)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 11])
+def test_alibi_subtracts_slope_times_distance(causal: bool, window: int | None) -> None:
+    shape = Shape(130, 130, groups=2)
+    assert_equals_dense(shape, causal=causal, window=window, slopes=alibi_slopes(4))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_scale_multiplies_the_scores(scale: float, path: None) -> None:
+    assert_equals_dense(Shape(66, 66), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "first"),
+    [(1, 1, 0), (1, 90, 89), (3, 90, 87), (70, 90, 20), (70, 200, 20), (70, 90, 0), (90, 70, 0)],
+)
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"slopes": torch.tensor([0.5, 0.1, 0.0, 2.0])}])
+def test_queries_after_a_cache_stand_at_first_query(
+    queries: int, keys: int, first: int, options: dict[str, Any], path: None
+) -> None:
+    assert_equals_dense(Shape(queries, keys), first_query=first, **options)
+    assert_equals_dense(Shape(queries, keys), first_query=first, causal=False, **options)
+
+
+@pytest.mark.parametrize("first", [0, 1, 30, 97])
+def test_a_cache_changes_nothing(first: int) -> None:
+    q, k, v = tensors(Shape(98, 98, groups=2))
+    for options in ({}, {"window": 40}, {"slopes": alibi_slopes(4)}):
+        whole = attention(q, k, v, **options)
+        late = attention(q[:, first:], k, v, first_query=first, **options)
+        early = attention(q[:, :first], k[:, :first], v[:, :first], **options) if first else whole[:, :0]
+        close(torch.cat((early, late), dim=1), whole, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("first", [18, 23, 200])
+def test_a_query_that_sees_no_key_gives_zero_and_has_gradient_zero(causal: bool, first: int) -> None:
+    shape, options = Shape(70, 20), {"causal": causal, "window": 4, "first_query": first}
+    assert_equals_dense(shape, **options)
+    q, k, v = tensors(shape)
+    out = attention(q, k, v, slopes=alibi_slopes(4), **options)
+    blind = ~visible_places(70, 20, causal, 4, first).any(dim=1)
+    assert blind.any()
+    gradient = gradients(out, (q, k, v))
+    assert not out[:, blind].any()
+    assert not gradient[0][:, blind].any()
+    assert all(torch.isfinite(g).all() for g in gradient)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}])
+def test_no_keys_at_all_give_zero(options: dict[str, Any], path: None) -> None:
+    q, k, v = tensors(Shape(5, 0))
+    out = attention(q, k, v, **options)
+    assert out.shape == q.shape
+    assert not out.any()
+    assert not gradients(out, (q, k, v))[0].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"causal": False}, {"slopes": alibi_slopes(4)}])
+def test_probabilities_are_float32_whatever_the_type(options: dict[str, Any], path: None) -> None:
+    assert_equals_dense(Shape(140, 140, groups=2), torch.float32, 3e-6, **options)
+    assert_equals_dense(Shape(140, 140, groups=2), torch.bfloat16, 2e-2, **options)
+
+
+# -- dropout -------------------------------------------------------------------------------------------------------
+
+KEYS = sample_keys(5, torch.tensor([3, 11]))
+SLOPES = alibi_slopes(4)
+
+
+def kept(heads: int, queries: int, keys: int, rate: float, first_query: int = 0) -> Tensor:
+    """(B, N, S, T): what the hash says, in the coordinates of the whole sequence."""
+    rows, columns = torch.arange(first_query, first_query + queries), torch.arange(keys)
+    return keep_mask(split_keys(KEYS, 0, heads), SITE, rows, columns, rate).view(len(KEYS), heads, queries, keys)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"slopes": alibi_slopes(4)}])
+@pytest.mark.parametrize("length", [5, 130, 301])
+def test_dropout_leaves_the_probabilities_that_the_hash_says(length: int, options: dict[str, Any]) -> None:
+    q, k, v = inputs = tensors(Shape(length, length, groups=2))
+    out = attention(q, k, v, dropout=0.3, keys=KEYS, site=SITE, **options)
+    expected = dense(q, k, v, keep=kept(4, length, length, 0.3), dropout=0.3, **options)
+    close(out, expected, 1e-11)
+    for found, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        close(found, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}])
+def test_dropout_after_a_cache_is_that_of_the_place(options: dict[str, Any]) -> None:
+    q, k, v = tensors(Shape(30, 90))
+    out = attention(q, k, v, dropout=0.5, keys=KEYS, site=SITE, first_query=60, **options)
+    close(out, dense(q, k, v, keep=kept(4, 30, 90, 0.5, 60), dropout=0.5, first_query=60, **options), 1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 70}])
+def test_dropout_is_the_same_for_every_block_size(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(Shape(150, 150, groups=1))
+    outputs = []
+    for block, blocks in ((64, 4), (1, 150), (16, 1000), (7, 1000), (1000, 1)):
+        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(module, "NUM_BLOCKS", blocks)
+        outputs.append(attention(q, k, v, dropout=0.4, keys=KEYS, site=SITE, **options))
+    for other in outputs[1:]:
+        close(other, outputs[0], 1e-12)
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_a_share_of_the_heads_is_the_slice_of_the_whole(first: int) -> None:
+    q, k, v = tensors(Shape(70, 70, heads=6, groups=3))
+    options: dict[str, Any] = {"dropout": 0.4, "keys": KEYS, "site": SITE}
+    whole = attention(q, k, v, **options)
+    groups = slice(first // 2, first // 2 + 1)
+    share = attention(q[:, :, first : first + 2], k[:, :, groups], v[:, :, groups], first_head=first, **options)
+    close(share, whole[:, :, first : first + 2], 1e-12)
+
+
+def test_dropout_differs_between_samples_heads_and_sites() -> None:
+    ones = torch.ones(2, 40, 2, 1, dtype=torch.float64)
+    values = torch.randn(1, 40, 1, 1, dtype=torch.float64).expand(2, 40, 2, 1)
+
+    def at(site: int) -> Tensor:
+        return attention(ones, ones, values, dropout=0.5, keys=KEYS, site=site)
+
+    out, other = at(1), at(2)
+    assert not torch.equal(out[0], out[1])
+    assert not torch.equal(out[:, :, 0], out[:, :, 1])
+    assert not torch.equal(out, other)
+    assert torch.equal(out, at(1))
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_attention_is_the_eager_one() -> None:
+    """Fused, the hash's arithmetic is C++ in loop counters: see kernels/noise.py."""
+
+    def everything(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, dropout=0.3, keys=KEYS, site=SITE, window=30, slopes=SLOPES)
+
+    eager = tensors(Shape(40, 40, groups=2, size=16), torch.float32)
+    compiled = tuple(tensor.detach().clone().requires_grad_() for tensor in eager)
+    torch.compiler.reset()
+    expected, found = everything(*eager), torch.compile(everything, dynamic=False, fullgraph=True)(*compiled)
+    close(found, expected, 3e-6)
+    for ours, theirs in zip(gradients(found, compiled), gradients(expected, eager), strict=True):
+        close(ours, theirs, 3e-6)
+
+
+PUBLISHED = {  # ofirpress/attention_with_linear_biases, get_slopes
+    8: [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256],
+    12: [
+        *[1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256],
+        *[2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],
+    ],
+}
+
+
+@pytest.mark.parametrize("num_heads", [8, 12])
+def test_alibi_slopes_are_the_published_ones(num_heads: int) -> None:
+    torch.testing.assert_close(alibi_slopes(num_heads), torch.tensor(PUBLISHED[num_heads]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_heads", range(1, 34))
+def test_alibi_has_one_slope_a_head_and_no_two_alike(num_heads: int) -> None:
+    slopes = alibi_slopes(num_heads)
+    assert slopes.shape == (num_heads,)
+    assert len(set(slopes.tolist())) == num_heads
+    assert ((slopes > 0) & (slopes < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        (Shape(4, 4, heads=4, groups=3), {}, "N a multiple of G"),
+        (Shape(4, 4), {"window": 0}, "at least 1"),
+        (Shape(4, 4), {"dropout": 0.1}, "sample_keys"),
+    ],
+)
+def test_mistakes_are_told(shape: Shape, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attention(*tensors(shape), **options)
+
+
+@pytest.mark.parametrize("part", ["length", "size"])
+def test_keys_and_values_of_other_shapes_are_told(part: str) -> None:
+    q, k, v = tensors(Shape(4, 4))
+    wrong = (q, k, v[:, :3]) if part == "length" else (q, k[..., :4], v[..., :4])
+    with pytest.raises(ValueError, match=r"found \(2, 4, 4, 8\)"):
+        attention(*wrong)

@@ -1,0 +1,197 @@
+"""The fused output layer and loss against torch's cross-entropy of whole logits, on one rank and with a cut vocabulary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import cross_entropy as module
+from kernels.cross_entropy import chunk_rows, cross_entropy, linear_cross_entropy
+from tests.distributed import run_ranks
+
+HIDDEN = 10
+FACTOR = 0.37  # what the loss is multiplied by, as the global count of targets does
+
+
+class Case(NamedTuple):
+    x: Tensor  # (B, S, H)
+    weight: Tensor  # (V, H), padded
+    targets: Tensor  # (B, S)
+    mask: Tensor  # (B, S)
+
+
+def make_case(
+    vocab_size: int, padded: int, dtype: torch.dtype = torch.float64, rows: tuple[int, int] = (3, 11)
+) -> Case:
+    """The padding rows hold large numbers: nothing may see them."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    x = torch.randn(*rows, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(padded, HIDDEN, generator=generator, dtype=torch.float64)
+    weight[vocab_size:] = 30.0
+    targets = torch.randint(vocab_size, rows, generator=generator)
+    targets[0, :2] = torch.tensor([0, vocab_size - 1])
+    mask = (torch.rand(rows, generator=generator) < 0.7).float()
+    mask[0, :2] = 1
+    return Case(x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, mask)
+
+
+def reference(case: Case, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of x and weight by torch, in float64."""
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in case[:2])
+    logits = (x @ weight[:vocab_size].T).flatten(0, 1)
+    losses = F.cross_entropy(logits, case.targets.flatten(), reduction="none")
+    loss = (losses * case.mask.flatten()).sum() * FACTOR
+    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+
+
+def ours(case: Case, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    loss = linear_cross_entropy(*case, vocab_size=vocab_size) * FACTOR
+    return loss.detach(), *torch.autograd.grad(loss, (case.x, case.weight))
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(module, "chunk_rows", lambda num_rows, num_classes: rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 11, 32, 33, 1000])
+@pytest.mark.parametrize(("vocab_size", "padded"), [(50, 50), (50, 64), (1, 8)])
+def test_equals_cross_entropy_of_whole_logits_for_every_chunk(
+    chunk: int, vocab_size: int, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, chunk)
+    case = make_case(vocab_size, padded)
+    for found, wanted in zip(ours(case, vocab_size), reference(case, vocab_size), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_real_chunks_equal_cross_entropy_of_whole_logits() -> None:
+    """More rows than are made at once, without changing anything."""
+    case = make_case(30, 128, rows=(2, 70_000))
+    assert 1 < 140_000 / chunk_rows(140_000, 128) <= 16
+    for found, wanted in zip(ours(case, 30), reference(case, 30), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_narrow_types_have_a_float32_loss(
+    dtype: torch.dtype, tolerance: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, chunk)
+    case = make_case(50, 64, dtype)
+    loss, *gradients = ours(case, 50)
+    expected, *wanted = reference(case, 50)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for found, exact in zip(gradients, wanted, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def test_chunks_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the weight is off by its own rounding, not by one a chunk."""
+    case = make_case(20, 20, torch.bfloat16, rows=(4, 500))
+    exact = reference(case, 20)[2]
+    small_chunks(monkeypatch, 2000)
+    at_once = (ours(case, 20)[2].double() - exact).norm()
+    small_chunks(monkeypatch, 5)
+    assert (ours(case, 20)[2].double() - exact).norm() < 2 * at_once
+
+
+def test_padding_has_no_probability_and_no_gradient() -> None:
+    case = make_case(50, 64)
+    loss, _, gradient = ours(case, 50)
+    assert not gradient[50:].any()
+    with torch.no_grad():
+        case.weight[50:] = -1e4
+    assert torch.equal(ours(case, 50)[0], loss)
+
+
+def test_masked_targets_count_nothing() -> None:
+    case = make_case(50, 64)
+    case.mask[1] = 0
+    loss, gradient, _ = ours(case, 50)
+    assert not gradient[1].any()
+    case.targets[1] = (case.targets[1] + 1) % 50
+    assert torch.equal(ours(case, 50)[0], loss)
+    nothing = case._replace(mask=torch.zeros_like(case.mask))
+    assert all(not part.any() for part in ours(nothing, 50))
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_without_gradients_the_loss_is_the_same(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch, chunk)
+    case = make_case(50, 64)
+    expected = linear_cross_entropy(*case, vocab_size=50)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*case, vocab_size=50), expected)
+    detached = Case(case.x.detach(), case.weight.detach(), case.targets, case.mask)
+    assert torch.equal(linear_cross_entropy(*detached, vocab_size=50), expected)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    case = make_case(50, 64, torch.float32)
+    loud = case._replace(x=(case.x.detach() * 1e4).requires_grad_())
+    loss, *gradients = ours(loud, 50)
+    assert loss.item() == pytest.approx(reference(loud, 50)[0].item(), rel=1e-6)
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("num_classes", [128, 50_304, 256_000])
+@pytest.mark.parametrize("num_rows", [1, 1000, 4096, 1_000_000])
+def test_chunks_are_few_and_bounded(num_rows: int, num_classes: int) -> None:
+    rows = chunk_rows(num_rows, num_classes)
+    assert -(-num_rows // rows) <= 16
+    assert rows <= max(1024, (64 << 20) / (4 * num_classes), num_rows / 16 + 1)
+
+
+def test_cross_entropy_of_logits_is_torchs() -> None:
+    logits, targets = torch.randn(2, 5, 30).bfloat16(), torch.randint(30, (2, 5))
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
+    found = cross_entropy(logits, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# -- the vocabulary cut over ranks -------------------------------------------------------------------------------------
+
+VOCABULARIES = [(50, 64), (64, 64), (17, 64), (3, 64)]  # with 3 or 17 real rows some ranks hold padding alone
+
+
+def share_of_loss(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """In a rank: for every vocabulary the loss and this rank's gradients, made in chunks."""
+    dist.init_process_group("gloo")
+    module.chunk_rows = lambda num_rows, num_classes: 8
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares = []
+    for vocab_size, padded in VOCABULARIES:
+        case = make_case(vocab_size, padded, dtype)
+        count = padded // world
+        weight = case.weight.detach()[rank * count : (rank + 1) * count].clone().requires_grad_()
+        options = {"vocab_size": vocab_size, "first_class": rank * count, "group": dist.group.WORLD}
+        loss = linear_cross_entropy(case.x, weight, case.targets, case.mask, **options)
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(case.x, weight, case.targets, case.mask, **options), loss)
+        shares.append(((loss * FACTOR).detach(), *torch.autograd.grad(loss * FACTOR, (case.x, weight))))
+    dist.destroy_process_group()
+    return shares
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_vocabulary_cut_over_ranks_changes_nothing(world: int, dtype: torch.dtype, tolerance: float) -> None:
+    ranks = run_ranks(world, share_of_loss, dtype)
+    for (vocab_size, padded), *shares in zip(VOCABULARIES, *ranks, strict=True):
+        loss, of_x, of_weight = reference(make_case(vocab_size, padded, dtype), vocab_size)
+        losses, parts_of_x, slices = zip(*shares, strict=True)
+        assert all(torch.equal(other, losses[0]) for other in losses), "the same on every rank"
+        assert losses[0].item() == pytest.approx(loss.item(), rel=tolerance)
+        options = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(torch.stack(parts_of_x).sum(0).double(), of_x, **options)
+        torch.testing.assert_close(torch.cat(slices).double(), of_weight, **options)
