@@ -224,7 +224,7 @@ def main(args: Namespace) -> int:
     found = []
     for comparison in verify(config, cases, args.steps, args.timeout):
         found.append(comparison)
-        print(_line(comparison), file=sys.stderr, flush=True)
+        print(line(comparison), file=sys.stderr, flush=True)
     console.print(_table(found))
     for comparison in found:
         if not comparison.same:
@@ -370,7 +370,7 @@ def tiny(config: Config) -> Config:
 # -- telling -------------------------------------------------------------------------------------------------------
 
 
-def _line(comparison: Comparison) -> str:
+def line(comparison: Comparison) -> str:
     return f"{comparison.layout}: {'the same' if comparison.same else _fault(comparison)}"
 
 
