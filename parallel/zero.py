@@ -303,9 +303,11 @@ def _deepspeed_config(stage: int, clip_norm: float, bf16: bool) -> dict[str, Any
         "steps_per_print": None,
     }
     if bf16:
-        # Both away from the defaults: bfloat16 accumulation, and with pipelines gradients that `step` never sees.
+        # All away from the defaults: bfloat16 accumulation, with pipelines gradients that `step` never sees, and the
+        # float32 sums rounded to bfloat16 again for their reduction over the data-parallel ranks (even if there is one).
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config
 
 
