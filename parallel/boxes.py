@@ -60,6 +60,26 @@ def held_boxes(engine: Engine, grid: Grid) -> list[Box]:
     return [box for share, first, values in rows for box in boxes_of_rows(share.path, share.parameter, first, values)]
 
 
+def whole_tensors(engine: Engine, grid: Grid) -> dict[str, dict[str, Tensor]]:
+    """Each logical tensor whole, by name and kind, on rank 0 (elsewhere none): to compare the layouts of small models.
+
+    After a first step exp_avg / (1 - beta1) is the clipped gradient, as the optimizer saw it. Collective.
+    """
+    boxes: list[Box] = held_boxes(engine, grid)
+    gathered: list[list[Box]] | None = [[] for _ in range(grid.world)] if grid.rank == 0 else None
+    if grid.world > 1:
+        dist.gather_object(boxes, gathered)
+    elif gathered is not None:
+        gathered[0] = boxes
+    whole: dict[str, dict[str, Tensor]] = {}
+    for box in (box for part in gathered or [] for box in part):
+        kinds = whole.setdefault(box.name, {})
+        tensor = kinds.setdefault(box.kind, torch.full(box.shape, torch.nan))
+        place = tuple(slice(first, first + n) for first, n in zip(box.offset, box.values.shape, strict=True))
+        tensor[place] = box.values.cpu()
+    return whole
+
+
 Rows = tuple[Share, int, dict[str, Tensor]]
 
 

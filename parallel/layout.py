@@ -84,19 +84,15 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=2,offload`; what is not named is 1, zero is 0."""
-        names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual", "dp": "data", "zero": "zero"}
+        """A layout of one string: `tp=2,sp,cp=2,pp=2,vp=2,dp=2,zero=2,offload`; what is not named is 1, zero is 0. What a layout
+        prints as is read too. ValueError names the part that cannot be read."""
         degrees: dict[str, Any] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            match = re.fullmatch(r"([a-z]+)=?(\d+)", part)
-            if part in ("sp", "offload"):
-                degrees["sequence" if part == "sp" else part] = True
-            elif match and match[1] in names:
-                degrees[names[match[1]]] = int(match[2])
-            else:
-                raise ValueError(
-                    f"layout {text!r}: {part!r} is none of {', '.join(f'{n}=N' for n in names)}, sp or offload"
-                )
+        parts = [part.strip() for part in re.split(r",| x ", text)]
+        for part in (part for part in parts if part not in ("", "1 process")):
+            name, value = _parse_degree(text, part)
+            if name in degrees:
+                raise ValueError(f"layout {text!r}: {part!r} comes after another of its kind; give each once")
+            degrees[name] = value
         return cls(**degrees)
 
     def __str__(self) -> str:
@@ -104,7 +100,26 @@ class Layout:
         parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
         if self.sequence:
             parts.insert(1, "sp")
-        return f"{' x '.join(parts) or '1 process'}, zero {self.zero}{' offloaded' if self.offload else ''}"
+        return f"{' x '.join(parts) or '1 process'}, zero {self.zero}{', offload' if self.offload else ''}"
+
+
+AXES = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual", "dp": "data", "zero": "zero"}
+
+
+def _parse_degree(text: str, part: str) -> tuple[str, int | bool]:
+    if part in ("sp", "offload"):
+        return {"sp": "sequence"}.get(part, part), True
+    match = re.fullmatch(r"([a-z]+)[= ]?(\d+)", part)
+    if match is None or match[1] not in AXES:
+        raise ValueError(
+            f"layout {text!r}: {part!r} is none of {', '.join(f'{name}=N' for name in AXES)}, sp or offload"
+        )
+    axis, degree = AXES[match[1]], int(match[2])
+    if axis == "zero" and degree > 3:
+        raise ValueError(f"layout {text!r}: {part!r}, but ZeRO has the stages 0 to 3")
+    if axis != "zero" and degree < 1:
+        raise ValueError(f"layout {text!r}: {part!r}, but a degree is at least 1")
+    return axis, degree
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -187,13 +202,15 @@ def _tensor(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
 def _context(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
     degree, tensor = parallel.context, parallel.tensor
     cut = tensor if parallel.sequence else 1
-    heads, length = shapes.num_heads // tensor, shapes.seq_length // cut
-    works = [d for d in range(1, heads + 1) if heads % d == 0 and length % d == 0]
-    mend = f"the nearest that works: {min(works, key=lambda d: abs(d - degree))}" if works else ""
-    if heads % degree and shapes.num_heads % tensor == 0:
+    # What does not divide over the tensor ranks is told there; here nothing follows from it.
+    heads = 0 if shapes.num_heads % tensor else shapes.num_heads // tensor
+    length = 0 if shapes.seq_length % cut else shapes.seq_length // cut
+    works = [d for d in range(1, 2 * degree) if heads % d == 0 and length % d == 0]
+    mend = f"the nearest that works: {_nearest(works, degree)}"
+    if heads % degree:
         whose = f"the {heads} heads of a tensor rank" if tensor > 1 else f"model.num_heads {heads}"
         yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
-    if length % degree and shapes.seq_length % cut == 0:
+    if length % degree:
         whose = f"a tensor rank's {length} of data.seq_length" if cut > 1 else f"data.seq_length {length}"
         yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
 
@@ -201,28 +218,29 @@ def _context(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
 def _fits(extents: dict[str, int], wished: int) -> int:
     """The tensor degree nearest to the wished one that divides all."""
     works = [d for d in (1, 2, 4, 8, 16, 32, 64, 128) if all(extent % d == 0 for extent in extents.values())]
-    return min(works, key=lambda d: abs(d - wished))
+    return _nearest(works, wished)
 
 
 def _pipeline(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
-    parts, layers = parallel.pipeline * parallel.virtual, shapes.num_layers
-    if layers < parts:
-        what = "" if parallel.virtual == 1 else f" x virtual {parallel.virtual}"
-        mend = (
-            f"at most {layers // parallel.virtual} stages" if layers >= parallel.virtual else "set parallel.virtual=1"
-        )
-        yield Problem(
-            "parallel.pipeline", f"pipeline {parallel.pipeline}{what} is more than model.num_layers {layers}", mend
-        )
+    stages, parts, layers = parallel.pipeline, parallel.virtual, shapes.num_layers
+    if parts > 1 and stages == 1:
+        yield Problem("parallel.virtual", "has no effect without a pipeline", "set parallel.virtual=1")
+    elif layers < stages * parts:
+        path, what = ("parallel.virtual", f" x virtual {parts}") if parts > 1 else ("parallel.pipeline", "")
+        most = layers // parts  # stages
+        mend = f"the nearest that works: pipeline {most}" if most > 1 or parts == 1 else "set parallel.virtual=1"
+        yield Problem(path, f"pipeline {stages}{what} is more than model.num_layers {layers}", mend)
     given = parallel.layers
-    if given is not None and (len(given) != parts or sum(given) != layers or min(given) < 1):
+    if given is not None and (len(given) != stages * parts or sum(given) != layers or min(given) < 1):
         yield Problem(
             "parallel.layers",
-            f"{given} does not share out model.num_layers {layers} over pipeline x virtual = {parts} parts",
+            f"{given} does not share out model.num_layers {layers} over pipeline x virtual = {stages * parts} parts",
             "give as many counts, each at least 1, that sum to the layers; or null",
         )
-    if parallel.virtual > 1 and parallel.pipeline == 1:
-        yield Problem("parallel.virtual", "has no effect without a pipeline", "set parallel.virtual=1")
+
+
+def _nearest(works: list[int], wished: int) -> int:
+    return min(works, key=lambda degree: abs(degree - wished))
 
 
 def _batch(parallel: ParallelConfig, shapes: Shapes, world: int) -> Iterator[Problem]:
@@ -235,35 +253,42 @@ def _batch(parallel: ParallelConfig, shapes: Shapes, world: int) -> Iterator[Pro
             f"start {nearest} processes",
         )
         return
-    ranks = world // model
-    for size in shapes.batch_sizes:
-        yield from _one_batch(parallel, shapes.micro_size, ranks, size, ramp=size != shapes.batch_sizes[0])
+    ranks, micro = world // model, shapes.micro_size
+    size, *ramp = shapes.batch_sizes
+    # The interleaved schedule goes round the stages with as many micro-batches at a time.
+    group = parallel.pipeline if parallel.virtual > 1 else 1
+    yield from _full_batch(size, ranks, micro, group)
+    unit = ranks * micro * group
+    uneven = [size for size in ramp if size % unit]
+    if uneven:
+        what = f"{ranks} data-parallel ranks x micro_size {micro}" + (f" x pipeline {group}" if group > 1 else "")
+        yield Problem(
+            "batch.ramp",
+            f"{uneven[0]} sequences, one of its sizes, are no multiple of {what} = {unit}",
+            f"make start and increment multiples of {unit}",
+        )
 
 
-def _one_batch(parallel: ParallelConfig, micro: int, ranks: int, size: int, ramp: bool) -> Iterator[Problem]:
-    path = "batch.ramp" if ramp else "batch.size"
-    if size % ranks:
-        nearest = max(ranks, round(size / ranks) * ranks)
-        yield Problem(
-            path,
-            f"{size} sequences cannot be shared by {ranks} data-parallel ranks",
-            f"the nearest that works: {nearest}",
-        )
-        return
-    share = size // ranks
-    if share % micro:
-        works = [d for d in range(1, share + 1) if share % d == 0]
-        yield Problem(
-            "batch.micro_size",
-            f"{micro} does not divide a rank's {share} of {size} sequences a step",
-            f"the nearest that works: {min(works, key=lambda d: abs(d - micro))}",
-        )
-    elif parallel.virtual > 1 and share // micro % parallel.pipeline:
-        yield Problem(
-            "batch.micro_size",
-            f"the interleaved schedule needs a multiple of {parallel.pipeline} micro-batches, "
-            f"{size} sequences give {share // micro}",
-            f"set a micro_size that divides {share // parallel.pipeline}"
-            if share % parallel.pipeline == 0
-            else "set parallel.virtual=1",
-        )
+def _full_batch(size: int, ranks: int, micro: int, group: int) -> Iterator[Problem]:
+    """group: a rank's number of micro-batches must be a multiple of it."""
+    if size % (ranks * group):
+        nearest = max(1, round(size / (ranks * group))) * ranks * group
+        fits = _nearest(_divisors(nearest // ranks // group), micro)
+        message = f"{size} sequences cannot be shared by {ranks} data-parallel ranks"
+        if size % ranks == 0:
+            message = (
+                f"a rank's {size // ranks} sequences give no multiple of {group} micro-batches (interleaved schedule)"
+            )
+        others = f" with batch.micro_size {fits}" if fits != micro else ""
+        yield Problem("batch.size", message, f"the nearest that works: {nearest}{others}")
+    elif size // ranks // group % micro:
+        share = size // ranks
+        message = f"{micro} does not divide a rank's {share} of {size} sequences a step"
+        if share % micro == 0:
+            message = f"{share // micro} micro-batches, but the interleaved schedule needs a multiple of {group}"
+        fits = _nearest(_divisors(share // group), micro)
+        yield Problem("batch.micro_size", message, f"the nearest that works: {fits}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

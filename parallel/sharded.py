@@ -116,9 +116,11 @@ def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool) -> dict[str,
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False
     if bf16:
-        # Both away from the defaults: bfloat16 accumulation, and with pipelines gradients that `step` never sees.
+        # All away from the defaults: bfloat16 accumulation, with pipelines gradients that `step` never sees, and the
+        # float32 sums rounded to bfloat16 again for their reduction over the data-parallel ranks (even if there is one).
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config
 
 

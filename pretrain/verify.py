@@ -2,25 +2,18 @@
 
 Each layout trains the config's model from its initial weights for some steps, on processes of this machine, and is compared
 with one process: loss and gradient norm of every step, every parameter's gradient, and the final weights. Tensors are
-compared by sketches (`parallel.sketch`), so none is ever gathered or written.
-
-What counts as the same, in float32: loss and gradient norm to a relative TOLERANCE; a gradient to TOLERANCE of its norm, or
-of a thousandth of the global one where that is more; weights to TOLERANCE of their norm, or of 0.02 an element. A
-parameter whose true gradient is zero (key biases without rotary positions) is rounding noise that Adam blows up to full
-updates, whatever the layout: its gradient is below that floor, and its weights are left out. In bf16 the tolerance is twice
-the difference between one-process runs that differ in micro-batch size alone, if that is more (see `spread`).
+compared by sketches (`parallel.sketch`), so none is ever gathered or written. What counts as the same: `pretrain.comparison`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,59 +24,13 @@ from parallel.grid import start_grid
 from parallel.layout import Layout, ParallelConfig, Problem, layout_problems, rank_and_world
 from parallel.sketch import Sketch, logical_sizes, sketches
 from pretrain import ranks
+from pretrain.comparison import Comparison, Trace, compare, spread
 from pretrain.config.load import load_config, problem_error, shapes_of
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.errors import UserError
 from pretrain.interrupt import Interrupt
 from pretrain.train import Run
-
-TOLERANCE = 1e-5
-GRADIENT_FLOOR = 1e-3  # of the global norm
-WEIGHT_FLOOR = 0.02  # an element
-NOISE = 1e-5  # of the global norm: a gradient that never gets larger is rounding
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a training run did: a row a step, and sketches by the parameter's name."""
-
-    losses: list[float]
-    norms: list[float]
-    hashes: list[str]
-    gradients: list[dict[str, Sketch]]
-    weights: dict[str, Sketch]
-    sizes: dict[str, int]
-
-
-class Difference(NamedTuple):
-    """A parameter's largest difference, as a multiple of what is allowed."""
-
-    name: str
-    excess: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How a layout's run differs from one process."""
-
-    layout: str
-    processes: int
-    loss: float  # largest relative difference
-    grad_norm: float
-    gradient: float  # largest, as a share of what it is measured by
-    weight: float
-    step: int | None  # the first step that differs by more than is allowed, from 1
-    what: str  # what differs there, in words; empty: nothing
-    parameters: tuple[str, ...]  # that differ there, worst first
-
-    @property
-    def same(self) -> bool:
-        return not self.what
-
-
-# -- a run ---------------------------------------------------------------------------------------------------------
 
 
 def trace(config: Config, steps: int) -> Trace:
@@ -112,100 +59,6 @@ def trace(config: Config, steps: int) -> Trace:
     found.weights.update(sketches(run.engine, grid, "weight"))
     found.sizes.update(logical_sizes(run.engine, grid))
     return found
-
-
-# -- comparing -----------------------------------------------------------------------------------------------------
-
-
-def compare(layout: str, processes: int, one: Trace, other: Trace, allowed: Allowed) -> Comparison:
-    """other against one process."""
-    losses = [_relative(a, b) for a, b in zip(one.losses, other.losses, strict=True)]
-    norms = [_relative(a, b) for a, b in zip(one.norms, other.norms, strict=True)]
-    gradients = [
-        _differences(g, h, dict.fromkeys(g, GRADIENT_FLOOR * _norm_of_all(g)), allowed.gradient)
-        for g, h in zip(one.gradients, other.gradients, strict=True)
-    ]
-    floors = {name: WEIGHT_FLOOR * math.sqrt(size) for name, size in one.sizes.items()}
-    weights = _differences(_without_noise(one), other.weights, floors, allowed.weight)
-    faults = [
-        (number, *_fault_of_step(one.hashes[number - 1] == other.hashes[number - 1], *step, allowed))
-        for number, step in enumerate(zip(losses, norms, gradients, strict=True), start=1)
-    ]
-    faults.append((len(losses), *_fault_of_tensors(weights, "final weights")))
-    step, what, names = next((fault for fault in faults if fault[1]), (None, "", ()))
-    largest = max((found.relative for found in itertools.chain(*gradients)), default=0.0)
-    heaviest = max((found.relative for found in weights), default=0.0)
-    return Comparison(layout, processes, max(losses), max(norms), largest, heaviest, step, what, names)
-
-
-Fault = tuple[str, tuple[str, ...]]
-
-
-def _fault_of_step(
-    same_samples: bool, loss: float, norm: float, gradients: list[Difference], allowed: Allowed
-) -> Fault:
-    """What differs at a step, in words, and the parameters whose gradients do."""
-    what, names = _fault_of_tensors(gradients, "gradients")
-    if not same_samples:
-        return "the samples differ", ()
-    if loss > allowed.loss:
-        return "the loss differs", names
-    if not what and norm > allowed.grad_norm:
-        return "the gradient norm differs, of the same gradients", ()
-    return what, names
-
-
-def _fault_of_tensors(differences: list[Difference], kind: str) -> Fault:
-    worst = sorted((found for found in differences if found.excess > 1), key=lambda found: -found.excess)
-    if not worst:
-        return "", ()
-    count = f"all {len(worst)}" if len(worst) == len(differences) else f"{len(worst)} of {len(differences)}"
-    return f"{count} {kind} differ", tuple(found.name for found in worst)
-
-
-class Allowed(NamedTuple):
-    """The largest difference that is the same still."""
-
-    loss: float = TOLERANCE
-    grad_norm: float = TOLERANCE
-    gradient: float = TOLERANCE
-    weight: float = TOLERANCE
-
-
-def _norm_of_all(gradient: dict[str, Sketch]) -> float:
-    return math.sqrt(sum(_norm(sketch) ** 2 for sketch in gradient.values()))
-
-
-def _norm(sketch: Sketch) -> float:
-    return math.sqrt(float(sketch @ sketch))
-
-
-def _relative(a: float, b: float) -> float:
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
-    return abs(a - b) / max(abs(a), 1e-30)
-
-
-def _differences(
-    one: dict[str, Sketch], other: dict[str, Sketch], floors: dict[str, float], allowed: float
-) -> list[Difference]:
-    """floors: the least norm that a tensor's difference is measured by."""
-    found = []
-    for name, sketch in one.items():
-        measure = max(_norm(sketch), floors[name], 1e-30)
-        relative = _norm(sketch - other[name]) / measure
-        found.append(Difference(name, relative / allowed, relative))
-    return found
-
-
-def _without_noise(one: Trace) -> dict[str, Sketch]:
-    """Weights but those whose gradient was rounding noise at every step."""
-    norms = [_norm_of_all(gradient) for gradient in one.gradients]
-    return {
-        name: sketch
-        for name, sketch in one.weights.items()
-        if any(_norm(g[name]) > NOISE * norm for g, norm in zip(one.gradients, norms, strict=True))
-    }
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -245,39 +98,25 @@ class Case(NamedTuple):
 
 
 def verify(config: Config, cases: Sequence[Case], steps: int, timeout: float) -> Iterator[Comparison]:
-    """Run one process, then each case, and compare."""
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+    """Run one process, once more with other micro-batch sizes, then each case, and compare."""
+    with tempfile.TemporaryDirectory(prefix="verify-") as name:
+        folder = Path(name)
+
+        def run(config: Config, processes: int) -> Trace:
+            found: Trace = ranks.run_ranks(processes, trace, config, steps, folder=folder, timeout=timeout)
+            return found
+
         alone = _alone(config)
-        one = ranks.run_ranks(1, trace, alone, steps, folder=Path(folder), timeout=timeout)
-        others = []
-        if config.precision.compute != "fp32":
-            others = [
-                ranks.run_ranks(1, trace, with_micro(alone, size), steps, folder=Path(folder), timeout=timeout)
-                for size in other_micro_sizes(config)
-            ]
+        one = run(alone, 1)
+        others = [run(with_micro(alone, size), 1) for size in other_micro_sizes(config)]
         for case in cases:
             try:
-                run = ranks.run_ranks(case.processes, trace, case.config, steps, folder=Path(folder), timeout=timeout)
+                other = run(case.config, case.processes)
             except ranks.RankFailed as error:
-                yield Comparison(
-                    case.text, case.processes, math.inf, math.inf, math.inf, math.inf, None, str(error), ()
-                )
+                inf = math.inf
+                yield Comparison(case.text, case.processes, inf, inf, inf, inf, None, str(error), ())
                 continue
-            allowed = spread(one, others, case.config.parallel.tensor) if others else Allowed()
-            yield compare(case.text, case.processes, one, run, allowed)
-
-
-def spread(one: Trace, others: Sequence[Trace], tensor: int) -> Allowed:
-    """What runs that ought to be the same differ by at most, twice; at least the usual tolerance. Tensor parallelism
-    (`tensor` ranks) rounds each rank's part of a product to bf16 before the sum, which no micro-batch size does: four
-    times. And twice that again for single tensors, whose errors do not average out."""
-    unlimited = Allowed(math.inf, math.inf, math.inf, math.inf)
-    found = [compare("", 1, one, other, unlimited) for other in others]
-    times = 4 if tensor > 1 else 2
-    worst = {name: max(getattr(c, name) for c in found) for name in ("loss", "grad_norm", "gradient", "weight")}
-    allowed = {name: times * value for name, value in worst.items()}
-    allowed |= {name: 2 * allowed[name] for name in ("gradient", "weight")}
-    return Allowed(**{name: max(TOLERANCE, value) for name, value in allowed.items()})
+            yield compare(case.text, case.processes, one, other, spread(one, others, case.config.parallel.tensor))
 
 
 def _alone(config: Config) -> Config:

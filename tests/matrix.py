@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from parallel.layout import layout_problems
-from pretrain import verify
+from pretrain import comparison, verify
 from pretrain.config.load import load_config, shapes_of
 from pretrain.config.run import Config
 from pretrain.data.prepare import Options, prepare
@@ -34,7 +34,8 @@ model: {kind: gpt, num_layers: 5, hidden_size: 32, num_heads: 4, dropout: 0.1}
 data: {train: SHARDS/train, seq_length: 32}
 objective: {kind: causal, loss_across_documents: false}
 batch: {size: 8, micro_size: 8, ramp: {start: 4, increment: 4, length: 3 steps}}
-optimizer: {kind: adamw, learning_rate: 2.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_norm: 1.0}
+optimizer: {kind: adamw, learning_rate: 2.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_norm: 1.0,
+            epsilon: 1.0e-5}  # at 1e-8 an element whose gradient is rounding gets a full update, in one process too
 schedule: {kind: cosine, warmup: 2 steps, total: 1000 steps, final_fraction: 0.1}
 parallel: {zero: 0}
 precision: {compute: fp32, compile: never}
@@ -142,17 +143,17 @@ class Matrix:
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
-        self._alone: dict[tuple[str, str], tuple[verify.Trace, list[verify.Trace]]] = {}
+        self._alone: dict[tuple[str, str], tuple[comparison.Trace, list[comparison.Trace]]] = {}
 
-    def compare(self, combination: Combination) -> verify.Comparison:
+    def compare(self, combination: Combination) -> comparison.Comparison:
         config = config_of(self.folder, combination.model)
         one, others = self._one_process(config, combination.model)
         case = verify.case_of(config, combination.layout)
         run = run_ranks(case.processes, verify.trace, case.config, self.steps, timeout=300)[0]
-        allowed = verify.spread(one, others, case.config.parallel.tensor) if others else verify.Allowed()
-        return verify.compare(str(combination), case.processes, one, run, allowed)
+        allowed = comparison.spread(one, others, case.config.parallel.tensor)
+        return comparison.compare(str(combination), case.processes, one, run, allowed)
 
-    def _one_process(self, config: Config, model: tuple[str, str]) -> tuple[verify.Trace, list[verify.Trace]]:
+    def _one_process(self, config: Config, model: tuple[str, str]) -> tuple[comparison.Trace, list[comparison.Trace]]:
         if model not in self._alone:
             sizes = (2, 1, 4) if model[1] == "bf16" else (2,)  # all divide the ramp's first batch too
             one, *rest = (
@@ -179,11 +180,11 @@ def main() -> int:
     stop_zygote()
     if args.limit is None:
         (REPOSITORY / "docs" / "layouts.md").write_text(_document(found, args.steps))
-    return 0 if all(comparison.same for comparison in found) else 1
+    return 0 if all(one.same for one in found) else 1
 
 
-def _document(found: Sequence[verify.Comparison], steps: int) -> str:
-    same = sum(comparison.same for comparison in found)
+def _document(found: Sequence[comparison.Comparison], steps: int) -> str:
+    same = sum(one.same for one in found)
     rows = "\n".join(
         f"| {c.layout} | {c.processes} | {c.loss:.0e} | {c.grad_norm:.0e} | {c.gradient:.0e} | {c.weight:.0e} "
         f"| {'yes' if c.same else f'no: {c.what}'} |"
@@ -194,7 +195,7 @@ def _document(found: Sequence[verify.Comparison], steps: int) -> str:
 Written by `make matrix`: each accepted combination of tensor, sequence, context, pipeline, interleaved, data parallelism and
 ZeRO stage up to eight processes, {steps} steps on CPU against one process. Micro-batch size, recomputation, model and
 precision are drawn for each with a fixed seed. Largest relative differences; what counts as the same is in
-`pretrain/verify.py`. {same} of {len(found)} are the same.
+`pretrain/comparison.py`. {same} of {len(found)} are the same.
 
 | combination | processes | loss | gradient norm | a gradient | a weight | same |
 |---|---|---|---|---|---|---|

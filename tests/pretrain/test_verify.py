@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pretrain import ranks, verify
+from pretrain import comparison, ranks, verify
 from pretrain.__main__ import main
 from pretrain.config.load import load_config
 from pretrain.config.run import Config
@@ -20,6 +20,7 @@ from tests.distributed import run_ranks
 from tests.training import write_config
 
 STEPS = 3
+ALLOWED = [comparison.Allowed()] * STEPS
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,17 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def one(config: Config) -> verify.Trace:
+def one(config: Config) -> comparison.Trace:
     return run_ranks(1, verify.trace, config, STEPS)[0]
 
 
-def compared(config: Config, one: verify.Trace, layout: str, plant: Callable[[], Any] | None = None) -> Any:
+def compared(config: Config, one: comparison.Trace, layout: str, plant: Callable[[], Any] | None = None) -> Any:
     case = verify.case_of(config, layout)
     other = run_ranks(case.processes, planted, plant, case.config)[0]
-    return verify.compare(layout, case.processes, one, other, verify.Allowed())
+    return comparison.compare(layout, case.processes, one, other, ALLOWED)
 
 
-def planted(plant: Callable[[], Any] | None, config: Config) -> verify.Trace:
+def planted(plant: Callable[[], Any] | None, config: Config) -> comparison.Trace:
     if plant is not None:
         plant().start()  # for this rank's life
     return verify.trace(config, STEPS)
@@ -73,14 +74,14 @@ def mean_of_each_micro_batch() -> Any:
     return mock.patch("parallel.schedules.Schedule.run", run)
 
 
-def test_layouts_that_train_the_same_are_told_the_same(config: Config, one: verify.Trace) -> None:
+def test_layouts_that_train_the_same_are_told_the_same(config: Config, one: comparison.Trace) -> None:
     for layout in ("tp=2,sp", "pp=2,dp=2,zero=1", "cp=2,micro=2"):
         found = compared(config, one, layout)
         assert found.same, found
         assert max(found.loss, found.grad_norm, found.gradient, found.weight) < 1e-5
 
 
-def test_a_missing_sum_of_norm_gradients_is_found_and_named(config: Config, one: verify.Trace) -> None:
+def test_a_missing_sum_of_norm_gradients_is_found_and_named(config: Config, one: comparison.Trace) -> None:
     found = compared(config, one, "tp=2,sp", no_sum_of_norm_gradients)
     assert found.step == 1
     assert found.loss < 1e-2  # the loss alone would hardly show it
@@ -90,38 +91,38 @@ def test_a_missing_sum_of_norm_gradients_is_found_and_named(config: Config, one:
     assert any("norm" in name for name in found.parameters)
 
 
-def test_a_tied_embedding_counted_twice_is_found_and_named(config: Config, one: verify.Trace) -> None:
+def test_a_tied_embedding_counted_twice_is_found_and_named(config: Config, one: comparison.Trace) -> None:
     found = compared(config, one, "pp=2", tied_embedding_twice)
     assert (found.step, found.parameters) == (1, ("embedding.weight",))
 
 
-def test_a_mean_of_each_micro_batch_is_found_in_most_gradients(config: Config, one: verify.Trace) -> None:
+def test_a_mean_of_each_micro_batch_is_found_in_most_gradients(config: Config, one: comparison.Trace) -> None:
     found = compared(config, one, "dp=1", mean_of_each_micro_batch)
     assert found.step is not None
     assert len(found.parameters) > len(one.weights) / 2
 
 
-def test_key_biases_are_neither_a_fault_nor_waved_through(config: Config, one: verify.Trace) -> None:
+def test_key_biases_are_neither_a_fault_nor_waved_through(config: Config, one: comparison.Trace) -> None:
     """Their true gradient is zero: what they have is rounding, which Adam blows up. But a real gradient would be seen."""
     biases = [name for name in one.weights if name.endswith("attention.k.bias")]
-    assert biases and not set(biases) & set(verify._without_noise(one))
+    assert biases and not set(biases) & set(comparison.without_noise(one))
     moved = {name: sketch + (1e-3 if name in biases else 0.0) for name, sketch in one.gradients[1].items()}
-    other = verify.Trace(**{**vars(one), "gradients": [one.gradients[0], moved, *one.gradients[2:]]})
-    found = verify.compare("moved", 1, one, other, verify.Allowed())
+    other = comparison.Trace(**{**vars(one), "gradients": [one.gradients[0], moved, *one.gradients[2:]]})
+    found = comparison.compare("moved", 1, one, other, ALLOWED)
     assert (found.step, sorted(found.parameters)) == (2, sorted(biases))
 
 
-def test_what_parts_first_is_told(one: verify.Trace) -> None:
+def test_what_parts_first_is_told(one: comparison.Trace) -> None:
     hashes = [*one.hashes[:1], "another", *one.hashes[2:]]
     losses = [*one.losses[:2], one.losses[2] * (1 + 1e-4)]
-    other = verify.Trace(**{**vars(one), "hashes": hashes, "losses": losses})
-    found = verify.compare("x", 1, one, other, verify.Allowed())
+    other = comparison.Trace(**{**vars(one), "hashes": hashes, "losses": losses})
+    found = comparison.compare("x", 1, one, other, ALLOWED)
     assert (found.step, found.what) == (2, "the samples differ")
-    other = verify.Trace(**{**vars(one), "losses": losses})
-    assert verify.compare("x", 1, one, other, verify.Allowed()).what == "the loss differs"
+    other = comparison.Trace(**{**vars(one), "losses": losses})
+    assert comparison.compare("x", 1, one, other, ALLOWED).what == "the loss differs"
     norms = [one.norms[0] * 1.001, *one.norms[1:]]
-    other = verify.Trace(**{**vars(one), "norms": norms})
-    assert "of the same gradients" in verify.compare("x", 1, one, other, verify.Allowed()).what
+    other = comparison.Trace(**{**vars(one), "norms": norms})
+    assert "of the same gradients" in comparison.compare("x", 1, one, other, ALLOWED).what
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -183,11 +184,11 @@ def test_bf16_is_allowed_twice_what_micro_batch_sizes_differ(config: Config) -> 
     one, *others = (
         run_ranks(1, verify.trace, verify.with_micro(bf16, size), 8)[0] for size in (1, *verify.other_micro_sizes(bf16))
     )
-    allowed = verify.spread(one, others, tensor=2)
-    assert 1e-4 < allowed.grad_norm < 1e-2
+    allowed = comparison.spread(one, others, tensor=2)
+    assert 1e-4 < allowed[-1].grad_norm < 1e-2
     case = verify.case_of(bf16, "tp=2,dp=2,zero=1")
     other = run_ranks(case.processes, verify.trace, case.config, 8)[0]
-    found = verify.compare("", 4, one, other, allowed)
+    found = comparison.compare("", 4, one, other, allowed)
     assert found.same, found
 
 
