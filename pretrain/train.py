@@ -18,7 +18,7 @@ import torch
 from parallel.grid import Grid, start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
 from parallel.zero import Step
-from pretrain import checkpoint, runs
+from pretrain import agreement, checkpoint, runs
 from pretrain.build import Built, build, choose_precision
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
@@ -270,6 +270,7 @@ def main(config: Config, sources: Sources) -> int:
     layout = Layout.of(config.parallel, rank_and_world()[1])
     interrupt = Interrupt.watch()
     grid = start_grid(layout, config.parallel.timeout)
+    agreement.check(config, sources, grid)
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     runs.claim_folder(config, grid, sources)
