@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import start_python
-from tests.launch.test_local import alive, wait_until_gone
+from tests.launch.test_local import SUPERVISE, WAITS, alive, supervise, wait_until_gone
 from tests.training import write_config
 
 TIMEOUT = 3.0  # seconds, of the runs
@@ -66,3 +66,34 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(
     assert re.search(rf"^ *{survivor}rank {victim} \(\S+\) did not answer", err, re.MULTILINE), err
     wait_until_gone([*ranks.values()])
     assert not any(map(alive, ranks.values()))
+
+
+def patient(folder: Path, script: str) -> str:
+    """What the launcher says of two ranks; it would give the second a minute after the first has failed."""
+    (folder / "supervise.py").write_text(SUPERVISE.replace("GRACE_SECONDS = 1.0", "GRACE_SECONDS = 60.0"))
+    with supervise(folder, WAITS + script, 2) as launcher:
+        _, err = launcher.communicate(timeout=30)
+    return f"{launcher.returncode}: {err}"
+
+
+def test_a_stopped_rank_that_was_given_up_is_not_waited_for(tmp_path: Path) -> None:
+    script = """
+if rank == "1": os.kill(os.getpid(), signal.SIGSTOP)
+while not os.path.exists("up-1") or " T " not in open(f"/proc/{open('up-1').read()}/stat").read(): time.sleep(0.01)
+sys.exit(3)
+"""
+    said = patient(tmp_path, script)
+    assert said.startswith("3: ") and "ended, since stopped (by SIGSTOP or a debugger): 1" in said
+
+
+def test_a_rank_that_failed_is_told_though_another_gave_it_up_before(tmp_path: Path) -> None:
+    script = """
+if rank == "0":
+    while not os.path.exists("up-1"): time.sleep(0.01)
+    sys.exit(3)
+while not os.path.exists("up-0"): time.sleep(0.01)
+while os.path.exists(f"/proc/{open('up-0').read()}"): time.sleep(0.01)  # until the launcher has seen it end
+sys.exit("the disk has gone")
+"""
+    said = patient(tmp_path, script)
+    assert said.startswith("1: ") and "rank 1 ended with exit code 1" in said and "the disk has gone" in said
