@@ -2,7 +2,8 @@
 
 Rank 0 writes to this terminal, the others to RUN/logs/rank-N.log. Ctrl-C, SIGTERM and a closed terminal are passed on
 once, so that the ranks save and end together; a second time kills. When a rank fails the others can only wait for it:
-they get a few seconds to say what they saw, then they are killed. No rank outlives this process, however it ends.
+they get a few seconds to say what they saw, then they are killed, as is at once a rank that was stopped (SIGSTOP) and
+that the others gave up. No rank outlives this process, however it ends.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # from a rank's failure to the end of the others
 SAVED_GRACE_SECONDS = 30.0  # after a Ctrl-C: rank 0 still closes its files when others have gone
 LOG_LINES = 15
+GAVE_UP = 3  # exit code of a rank whose peers died or did not answer (pretrain/heartbeat.py)
 PR_SET_PDEATHSIG = 1
 
 
@@ -83,6 +85,8 @@ def _environments(processes: int) -> list[dict[str, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
+        # torch's store warns with a stack of C++ frames when rank 0 is gone.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL") or "ERROR",
     }
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
 
@@ -114,6 +118,17 @@ class Rank:
         """With what it started: it leads a group of its own."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    @property
+    def stopped(self) -> bool:
+        """By SIGSTOP or a debugger: it can do nothing. Only Linux tells."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        except OSError:
+            return False
+
+    def last_words(self, count: int) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()[-count:] if self.log is not None else []
 
 
 @dataclass
@@ -172,12 +187,18 @@ class Ranks:
             first = first or self._failed()
             if first is not None and deadline == float("inf"):
                 deadline = time.monotonic() + (SAVED_GRACE_SECONDS if self.asked else GRACE_SECONDS)
+            if first is not None and all(rank.stopped for rank in self._running()):
+                break
             time.sleep(POLL_SECONDS)
-        first = first or self._failed()
+        if first is None or first.process.returncode == GAVE_UP:  # which says that another was first
+            first = self._failed()
         if first is None:
             return 0
         self._tell(first)
         return _exit_code(first)
+
+    def _running(self) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.process.poll() is None]
 
     def _failed(self) -> Rank | None:
         """A rank that ended with an error: one that was killed before one that only lost its peer."""
@@ -189,14 +210,26 @@ class Ranks:
         code = first.process.returncode
         if all(rank.process.returncode == code for rank in self.ranks) and code > 0:
             return
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        waiting = ", ".join(str(rank.number) for rank in self.ranks if rank.process.returncode is None)
-        _say(f"rank {first.number} {how}" + (f"; the ranks that waited for it are ended: {waiting}" if waiting else ""))
-        if first.log is not None:
-            lines = first.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            _say("\n".join([f"the end of {first.log}:", *(f"  {line}" for line in lines)]))
+        if code == GAVE_UP:
+            how = "gave up waiting for another"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._quote(first, LOG_LINES)
+        left = [rank for rank in self.ranks if rank.process.returncode is None]
+        _say(
+            f"rank {first.number} {how}"
+            + _named("; ended, since stopped (by SIGSTOP or a debugger)", [rank for rank in left if rank.stopped])
+            + _named("; the ranks that waited for it are ended", [rank for rank in left if not rank.stopped])
+        )
+        gave_up = [rank for rank in self.ranks if rank.process.returncode == GAVE_UP and rank.log is not None]
+        if code < 0 and gave_up:  # the others know what it was doing
+            self._quote(gave_up[0], 1)
         if not self.asked and code != 2:  # 2: a mistake that would only come again
             _say("the same command goes on from the last checkpoint, if there is one")
+
+    def _quote(self, rank: Rank, count: int) -> None:
+        if lines := rank.last_words(count):
+            _say("\n".join([f"the end of {rank.log}:", *(f"  {line}" for line in lines)]))
 
     @contextmanager
     def _passing_signals(self) -> Iterator[None]:
@@ -232,6 +265,10 @@ class _DieWithParent:
         self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.parent:  # it ended just before
             os._exit(1)
+
+
+def _named(words: str, ranks: list[Rank]) -> str:
+    return f"{words}: {', '.join(str(rank.number) for rank in ranks)}" if ranks else ""
 
 
 def _exit_code(rank: Rank) -> int:

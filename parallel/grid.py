@@ -124,7 +124,7 @@ def _parallel_grid(layout: Layout, rank: int, world: int, device: torch.device, 
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
-        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # whole or not: it goes into a timedelta
     )
     tensor = TensorAxis(
         layout.tensor,

@@ -18,7 +18,7 @@ import torch
 from parallel.engine import Step
 from parallel.grid import Grid, start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
-from pretrain import checkpoint, runs
+from pretrain import agreement, checkpoint, runs
 from pretrain.build import Built, build, choose_precision
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
@@ -28,6 +28,7 @@ from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
 from pretrain.errors import UserError
 from pretrain.generate import Sampling, sample_text
+from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
 from pretrain.objectives.batch import Batch
@@ -55,7 +56,7 @@ def train(run: Run) -> str:
         run.validate()
     for data in run.data():
         loss = run.forward_backward(data)
-        update = run.engine.step(run.learning_rate())
+        update = run.update()
         run.advance(data, update)
         run.log(data, loss, update)
         if run.due(run.config.monitor.validate_every) or run.at_end:
@@ -76,6 +77,7 @@ class Run:
     def __init__(self, config: Config, grid: Grid, sources: Sources, interrupt: Interrupt) -> None:
         self.config, self.grid, self.sources, self.interrupt = config, grid, sources, interrupt
         self.reporter = Silent()
+        self.heartbeat = Heartbeat()
         self.folder = Path(config.run.dir)
         self.plan = Plan(config)
         self.tokenizer = sources.train.manifests[0].tokenizer()
@@ -96,6 +98,7 @@ class Run:
         )
         try:
             while self.state.step < self.plan.total_steps:
+                self.heartbeat.mark(self.state.step + 1, "data")
                 started = time.perf_counter()
                 numbers, tokens = next(source)
                 waited = time.perf_counter() - started
@@ -111,15 +114,21 @@ class Run:
             for micro in zip(*(part.split(size) for part in rows), strict=True)
         ]
         counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_data else 0.0
+        self.heartbeat.mark(self.state.step + 1, "count of targets")
         facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (counted, self.interrupt.asked)])
         targets, stop = self.grid.total(facts.to(self.grid.device)).tolist()
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
         """This rank's sum of losses; gradients of the mean over all targets accumulate."""
+        self.heartbeat.mark(self.state.step + 1, "forward-backward")
         self.built.train(True)
         # The engine averages over the replicas, so each gives their number times its part of the mean.
         return self.built.schedule.run(data.batches, scale=self.grid.replica_size / max(data.targets, 1.0))
+
+    def update(self) -> Step:
+        self.heartbeat.mark(self.state.step + 1, "optimizer step")
+        return self.engine.step(self.learning_rate())
 
     def learning_rate(self) -> float:
         return self.plan.learning_rate(self.state.step)
@@ -152,6 +161,7 @@ class Run:
         self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
+        self.heartbeat.mark(self.state.step, "report")
         total, digest = self.global_facts(data, loss)
         self.reporter.log(
             step=self.state.step,
@@ -174,6 +184,7 @@ class Run:
     def validate(self) -> None:
         if self.validation is None:
             return
+        self.heartbeat.mark(self.state.step, "validate")
         self.built.train(False)
         with self.reporter.pause():
             result = self.validation.run(self.built.schedule)
@@ -191,6 +202,7 @@ class Run:
         monitor, layout = self.config.monitor, self.grid.layout
         if layout.pipeline > 1 or layout.sequence or layout.context > 1 or layout.zero == 3:
             return
+        self.heartbeat.mark(self.state.step, "sample")
         self.built.train(False)
         with self.reporter.pause():
             model = self.built.stages[0].module
@@ -215,6 +227,7 @@ class Run:
         return "stopped" if stop else ""
 
     def save(self) -> None:
+        self.heartbeat.mark(self.state.step, "save")
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
         with self.reporter.pause():
@@ -267,11 +280,19 @@ class Run:
 
 def main(config: Config, sources: Sources) -> int:
     """`python -m pretrain train` from a checked config and its data. Returns the exit code."""
+    with Heartbeat(*rank_and_world(), config.parallel.timeout) as heartbeat:
+        return _main(config, sources, heartbeat)
+
+
+def _main(config: Config, sources: Sources, heartbeat: Heartbeat) -> int:
     layout = Layout.of(config.parallel, rank_and_world()[1])
     interrupt = Interrupt.watch()
     grid = start_grid(layout, config.parallel.timeout)
+    heartbeat.start()
+    agreement.check(config, sources, grid)
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
+    run.heartbeat = heartbeat
     runs.claim_folder(config, grid, sources)
     with Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent() as run.reporter:
         run.resume()

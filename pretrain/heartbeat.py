@@ -1,0 +1,250 @@
+"""Who was first to part: each rank's step and phase, kept where the others can read it.
+
+A rank that dies or hangs leaves the others waiting in a collective. What they learn there is that a connection closed or a
+time was over, not whose fault it is: the next rank in the chain may be a victim itself. So each rank writes a beat a
+second (a counter, its step and phase) to the key-value store that torch.distributed keeps on rank 0. Who has lost the
+others reads all beats, waits for two more and reads again. First of all is a rank that ended by an error of its own; then
+ranks whose beat stands still (killed, stopped, off the network); then ranks that live but lag behind. The finding that
+is in the store first is the one that all tell.
+
+Beats are compared with themselves, never with a clock, so hosts need not agree on the time and a job that was suspended
+as a whole goes on. Collectives on a GPU raise nothing that Python could catch, so each rank also watches the beat of the
+next one (a ring: one read a second, however many ranks), and the finding.
+
+A rank that parts from the others ends with exit code 3 and one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+EXIT_CODE = 3
+BEAT = 1.0  # seconds
+LOOK = 2.2 * BEAT  # seconds in which a living rank beats twice
+ANSWER = 2.0  # seconds more that the store may take
+FINDING = "finding"
+DONE = "done"  # the phase after the last
+
+
+class Beat(NamedTuple):
+    """A rank as the others see it."""
+
+    number: int  # of this beat
+    marks: int  # places passed since the start, the same in the same place on every rank
+    step: int
+    phase: str
+    host: str
+    lost: bool  # has lost the others itself
+    ended: str  # by which error of its own
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.phase}" if self.step else self.phase
+
+
+class Heartbeat:
+    """This rank's place in the run, as `mark` sets it; with several ranks, from `start` on, their watch.
+
+    Used as a context around all that needs the other ranks: leaving it by an error of torch.distributed ends the process.
+    timeout: seconds that a rank may wait for another.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, timeout: float = 0.0) -> None:
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.now = Beat(0, 0, 0, "start", platform.node(), False, "")
+        self.shared: Any = None
+        self.store: Any = None
+        self.heard: Beat | None = None  # of the next rank
+        self.first: Beat | None = None  # of rank 0, which may not answer when it is asked
+        self.finding = ""
+        self.over = threading.Event()  # the main thread leaves the context
+        self.leaving = threading.Lock()  # one thread tells and ends
+        self.beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def mark(self, step: int, phase: str) -> None:
+        """The main thread is here now."""
+        self.now = self.now._replace(marks=self.now.marks + 1, step=step, phase=phase)
+
+    def start(self) -> None:
+        """Begin to beat; the ranks have met."""
+        if self.world == 1:
+            return
+        self.shared = dist.distributed_c10d._get_default_store()  # held, or rank 0's would end with the groups
+        # A connection of our own: on the main one a wait would keep the beats waiting.
+        self.store = dist.PrefixStore("heartbeat", self.shared.clone())
+        self.store.set(self._key(self.rank), json.dumps(self.now))
+        self.beats.start()
+        threading.Thread(target=self._watch, name="heartbeat-watch", daemon=True).start()
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.world > 1 and error is not None and lost_others(error):
+            self.now = self.now._replace(lost=True)
+            how = f"waited {self.timeout:g} s for" if "timed out" in str(error).lower() else "lost"
+            finding = self.find()
+            if finding:
+                self._leave(how, collective([frame for frame, _ in _walk(traceback)]), finding)
+        self.now = self.now._replace(phase=DONE) if error is None else self.now._replace(ended=_first_line(error))
+        self.over.set()
+        if self.beats.is_alive():
+            self.beats.join(ANSWER)
+
+    # -- the two threads -----------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Write a beat, read the next rank's and the finding; the last beat says how the run has ended here."""
+        following = (self.rank + 1) % self.world
+        with contextlib.suppress(RuntimeError):  # the store is gone: `_watch` hears nothing new
+            for number in itertools.count(1):
+                over = self.over.is_set()
+                self.store.set(self._key(self.rank), json.dumps(self.now._replace(number=number)))
+                if over:
+                    return
+                self.heard, self.first = self._read(following), self._read(0)
+                self.finding = self._read_finding()
+                self.over.wait(BEAT)
+
+    def _watch(self) -> None:
+        """End this process when the others have parted and its main thread does not notice."""
+        limit = max(3, round(self.timeout / BEAT) - 1)
+        quiet, before = 0, self.heard
+        while not self.over.wait(BEAT):
+            same = self.heard == before and not (before and before.phase == DONE)
+            quiet, before = quiet + 1 if same else 0, self.heard
+            if self.finding or quiet >= limit:
+                if self.over.wait(LOOK) or self.now.lost:  # it has an error, and tells
+                    return
+                finding = self.find()
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                self._leave("waited for", collective(_outwards(frame)), finding or "no rank has parted")
+
+    def _key(self, rank: int) -> str:
+        return f"beat-{rank}"
+
+    def _read(self, rank: int) -> Beat | None:
+        key = self._key(rank)
+        return Beat(*json.loads(self.store.get(key))) if self.store.check([key]) else None
+
+    def _read_all(self) -> list[Beat | None]:
+        keys = [self._key(rank) for rank in range(self.world)]
+        if self.store.check(keys):
+            return [Beat(*json.loads(value)) for value in self.store.multi_get(keys)]
+        return [self._read(rank) for rank in range(self.world)]
+
+    def _read_finding(self) -> str:
+        return self.store.get(FINDING).decode() if self.store.check([FINDING]) else ""
+
+    # -- finding out and telling ---------------------------------------------------------------------------------------
+
+    def find(self) -> str:
+        """Who was first to part, in words; empty if all ranks answer and stand at the same place."""
+        if self.store is None:
+            return f"not all {self.world} ranks have come"
+        if self.finding:
+            return self.finding
+        found: list[str] = []
+        answered = threading.Event()
+        # A store that does not answer would keep us for ever.
+        thread = threading.Thread(target=self._find, args=(answered, found), daemon=True)
+        thread.start()
+        if answered.wait(ANSWER):
+            thread.join(LOOK + ANSWER)
+        if found or self.finding:
+            return self.finding or found[0]
+        what = "did not answer, nor the store that it keeps"  # torch.distributed's, in its process
+        return _tell({0: self.first}, what) if self.first else f"rank 0 {what}"
+
+    def _find(self, answered: threading.Event, found: list[str]) -> None:
+        with contextlib.suppress(RuntimeError):
+            try:
+                before, finding = self._read_all(), self._read_finding()
+            finally:
+                answered.set()
+            if not finding:
+                time.sleep(LOOK)
+                finding = first_to_part(before, self._read_all())
+            if finding:
+                finding = self.store.compare_set(FINDING, "", finding).decode()
+            found.append(finding)
+
+    def _leave(self, how: str, where: str, finding: str) -> None:
+        """Say it and end the process, whatever its other threads wait for."""
+        if not self.leaving.acquire(blocking=False):
+            threading.Event().wait()  # the other thread ends us
+        name = f"rank {self.rank} ({self.now.host})"
+        sys.stdout.flush()
+        print(f"{name}: {self.now.place}: {how} the others{where}: {finding}", file=sys.stderr, flush=True)
+        if self.rank == 0 and self.world > 2:
+            time.sleep(1.5 * BEAT)  # the store ends with us: let the others read the finding
+        os._exit(EXIT_CODE)
+
+
+def first_to_part(before: Sequence[Beat | None], after: Sequence[Beat | None]) -> str:
+    """In words, from the beats of all ranks and again those some time later; empty if none stands out."""
+    known = {rank: beat for rank, beat in enumerate(after) if beat is not None and beat.phase != DONE}
+    ended = {rank: beat for rank, beat in known.items() if beat.ended}
+    silent = {rank: beat for rank, beat in known.items() if beat == before[rank]}
+    lowest = min((beat.marks for beat in known.values()), default=0)
+    behind = {rank: beat for rank, beat in known.items() if beat.marks == lowest and not beat.lost}
+    if ended:
+        return _tell(ended, "ended by itself") + "".join(f" ({beat.ended})" for beat in ended.values())
+    if silent:
+        return _tell(silent, "did not answer")
+    if len(behind) < len(known) and behind:
+        return _tell(behind, "was behind")
+    return ""
+
+
+def _tell(beats: dict[int, Beat], what: str) -> str:
+    return "; ".join(f"rank {rank} ({beat.host}) {what}, its last beat: {beat.place}" for rank, beat in beats.items())
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether torch.distributed raised it because another rank went or did not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def collective(frames: Sequence[FrameType]) -> str:
+    """` (all_reduce in average)`: the collective of a stack, outermost frame first, and the function that called it."""
+    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame in frames]
+    caller = ""
+    for file, name in names:
+        if name == "wrapper" or "/deepspeed/comm/" in file:  # they only pass on
+            continue
+        if "/torch/distributed/" in file or file.endswith("p2p_communication.py"):
+            return f" ({name} in {caller})" if caller else f" ({name})"
+        caller = name
+    return f" (in {caller})" if caller else ""
+
+
+def _walk(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+
+
+def _outwards(frame: FrameType | None) -> list[FrameType]:
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]:.200}" if text else type(error).__name__
