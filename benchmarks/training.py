@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,12 +24,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARDS = REPOSITORY / "shards"
+from common import REPOSITORY, SHARDS, about, no_shards, ratios
+
 VARIANTS = ("engine", "eager", "compiled")
 
 
@@ -39,11 +36,7 @@ def main() -> int:
     args = _options().parse_args()
     if args.worker:
         return _work(args)
-    if not (args.shards / "train" / "manifest.json").is_file():
-        print(
-            f"error: no shards in {args.shards}; make them: python -m pretrain prepare --stdlib --out shards",
-            file=sys.stderr,
-        )
+    if no_shards(args.shards):
         return 2
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         args.folder = Path(folder)
@@ -132,30 +125,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         for worker in workers:
             worker.close()
-    return {"started": started, **_about(args), "last": last, "tokens_per_second": rounds, "ratios": _ratios(rounds)}
-
-
-def _ratios(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    found = {}
-    for other in VARIANTS[1:]:
-        values = [speeds["engine"] / speeds[other] for speeds in rounds]
-        found[f"engine / {other}"] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return found
-
-
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    packages = ("torch", "deepspeed", "megatron-core", "numpy")
-    return {
-        "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "hardware": {"cpu": cpu or platform.machine(), "cores": len(os.sched_getaffinity(0)), "threads": args.threads},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "sampled": f"after 3 steps of each, {args.rounds} rounds of {args.steps} steps in turn",
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    sampled = f"after 3 steps of each, {args.rounds} rounds of {args.steps} steps in turn"
+    machine = about("training", ("torch", "deepspeed", "megatron-core", "numpy"), args.threads, sampled)
+    found = ratios(rounds, "engine", VARIANTS[1:])
+    return {"started": started, **machine, "last": last, "tokens_per_second": rounds, "ratios": found}
 
 
 def _print(result: dict[str, Any]) -> None:

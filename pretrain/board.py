@@ -10,6 +10,7 @@ validation/  loss, bits_per_byte
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Board:
     """Writes RUN/tensorboard. `step`: as for `pretrain.metrics.Metrics`, what lies beyond it is removed first."""
 
     def __init__(self, config: Config, step: int, parameters: int) -> None:
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         folder = Path(config.run.dir) / "tensorboard"
         cut_back(folder, step)
         self._writer = SummaryWriter(str(folder), flush_secs=10)
@@ -61,10 +63,23 @@ class Board:
         self._writer.add_text("samples", _as_code(text), step)
         self._writer.flush()
 
+    def flush(self) -> None:
+        """Bring the events to the disk."""
+        self._writer.flush()
+
     def close(self, ended: bool) -> None:
-        if ended:
-            self._writer._get_file_writer().add_summary(self._ended)
-        self._writer.close()
+        try:
+            if ended:
+                self._writer._get_file_writer().add_summary(self._ended)
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread tells whoever writes or flushes next that the disk failed it: told once is enough."""
+        ours = type(failed.thread).__module__.startswith("tensorboard")
+        if not ours or not isinstance(failed.exc_value, OSError):
+            self._hook(failed)
 
 
 def _as_code(text: str) -> str:

@@ -10,14 +10,13 @@ whole. One that was damaged since is passed over on load, with a warning that na
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +25,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.boxes import held_boxes, local_boxes, row_length, wanted_rows
-from parallel.engine import Engine
+from parallel.engine import MOMENTS, Engine
 from parallel.grid import Grid
 from parallel.logical import Piece
 from pretrain.errors import UserError
-from pretrain.storage import Entry, Wanted, read_boxes, tensor_name, write_boxes
+from pretrain.opening import FORMAT, MANIFEST, Checkpoint, State, folder_of, open_checkpoint
+from pretrain.storage import Wanted, read_boxes, tensor_name, write_boxes
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 2**30  # bytes; a larger one is not ours
+__all__ = ["Checkpoint", "State", "folder_of", "open_checkpoint"]
+
 _NAME = re.compile(r"step-(\d{8})")
-_SAFE_FILE = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+MOMENT_PREFIXES = tuple(tensor_name("", kind) for kind in MOMENTS)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a run's future depends on beside its config and the tensors."""
-
-    step: int = 0  # steps done
-    samples: int = 0  # samples consumed
-    updates: int = 0  # steps applied: AdamW's bias correction counts these
-    bad_steps: int = 0  # steps in a row that were not applied
-    best_loss: float | None = None  # of the validations so far
-    best_step: int | None = None
-    validations_since_best: int = 0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on the disk, as its manifest describes it."""
-
-    folder: Path
-    state: State
-    entries: list[Entry]
-    files: dict[str, dict[str, Any]]
-    about: dict[str, Any] = field(default_factory=dict)  # layout that wrote it, versions: for people
-
-    @property
-    def bytes(self) -> int:
-        return sum(file["bytes"] for file in self.files.values())
-
-
-def folder_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
 
 
 # -- saving --------------------------------------------------------------------------------------------------------
@@ -79,23 +46,43 @@ def folder_of(run: Path, step: int) -> Path:
 def save(run: Path, state: State, engine: Engine, grid: Grid, about: dict[str, Any]) -> Path:
     """Write a checkpoint; whole or not at all. Collective. Raises OSError where the disk fails, on every rank."""
     final = folder_of(run, state.step)
-    working = final.with_name(f".{final.name}.partial")
-    if grid.rank == 0:
+    working = _hidden(final)
+
+    def begin() -> None:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
-    grid.wait()
+
+    def finish() -> None:
+        _write_manifest(working, state, gathered, about)
+        _put_in_place(working, final)
+
     try:
-        entries, files = write_boxes(held_boxes(engine, grid), working)
-        gathered = _gather((entries, files), grid)
-        if grid.rank == 0:
-            _write_manifest(working, state, gathered, about)
-            _put_in_place(working, final)
+        _on_first(grid, begin)
+        gathered = _gather(write_boxes(held_boxes(engine, grid), working), grid)
+        _on_first(grid, finish)
     except OSError:
         if grid.rank == 0:
             shutil.rmtree(working, ignore_errors=True)
         raise
-    grid.wait()
     return final
+
+
+def _hidden(folder: Path) -> Path:
+    """Where a checkpoint lies while it is written or removed."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _on_first(grid: Grid, action: Callable[[], None]) -> None:
+    """Do it on rank 0; every rank waits for it, and an OSError there is raised on every rank."""
+    failed: OSError | None = None
+    if grid.rank == 0:
+        try:
+            action()
+        except OSError as error:
+            failed = error
+    failed = grid.from_first(failed)
+    if failed is not None:
+        raise failed
 
 
 def _write_manifest(folder: Path, state: State, gathered: list[Any], about: dict[str, Any]) -> None:
@@ -128,13 +115,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def prune(run: Path, keep_last: int, keep: Iterable[int]) -> None:
-    """Remove all but the last `keep_last` checkpoints and those of the steps in `keep`; call it on one rank."""
+def prune(run: Path, step: int, keep_last: int, keep: Iterable[int]) -> None:
+    """Leave the last `keep_last` checkpoints up to that of `step`, which was just written, and those of the steps in
+    `keep`. Call it on one rank; raises OSError.
+
+    Later ones were damaged, or the run would have gone on from them: as they count for the newest, they must go. So does
+    what a killed process left half written or half removed.
+    """
+    for left in (run / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(left)
     steps = list_steps(run)
-    keeping = {*steps[-keep_last:], *keep}
-    for step in steps:
-        if step not in keeping:
-            shutil.rmtree(folder_of(run, step))
+    keeping = {*[known for known in steps if known <= step][-keep_last:], *keep}
+    for known in steps:
+        if known not in keeping:
+            folder = folder_of(run, known)
+            os.rename(folder, _hidden(folder))
+            shutil.rmtree(_hidden(folder))
 
 
 def _gather(value: Any, grid: Grid) -> list[Any]:
@@ -153,54 +149,6 @@ def list_steps(run: Path) -> list[int]:
     folder = run / "checkpoints"
     names = (_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
     return sorted(int(match.group(1)) for match in names if match)
-
-
-def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
-    """Read and check a checkpoint's manifest and, with `verify`, every file's hash. Raises UserError where it is damaged."""
-    path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
-        raise UserError(f"{folder}: no {MANIFEST}; this is no checkpoint, or one that was cut off")
-    if path.stat().st_size > MANIFEST_LIMIT:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes are more than a manifest can have")
-    try:
-        manifest = json.loads(path.read_text())
-        checkpoint = _parse(folder, manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error})") from error
-    for name, info in checkpoint.files.items():
-        _check_file(folder / name, info, verify)
-    return checkpoint
-
-
-def _parse(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{folder}: format {manifest['format']!r}; this version reads format {FORMAT}")
-    files = manifest["files"]
-    for name in files:
-        if not _SAFE_FILE.fullmatch(name):
-            raise ValueError(f"file name {name!r}")
-    entries = [
-        Entry(tensor, tuple(shape), tuple(offset), tuple(size), file)
-        for tensor, shape, offset, size, file in manifest["boxes"]
-    ]
-    for entry in entries:
-        if entry.file not in files:
-            raise ValueError(f"{entry.tensor} lies in {entry.file!r}, which is not listed")
-    return Checkpoint(folder, State(**manifest["state"]), entries, files, manifest["about"])
-
-
-def _check_file(path: Path, info: dict[str, Any], verify: bool) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise UserError(f"{path}: missing, or a link")
-    if path.stat().st_size != info["bytes"]:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, the manifest says {info['bytes']:,}")
-    if verify and _sha256(path) != info["sha256"]:
-        raise UserError(f"{path}: altered since it was written (SHA-256 differs from the manifest's)")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def latest(run: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
@@ -258,12 +206,16 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Weights alone into a model, for generation and evaluation."""
+    """Weights alone into a whole model, for generation and evaluation."""
     wanted, copies = [], []
     for path, parameter in module.named_parameters():
         values = torch.zeros(parameter.shape, dtype=torch.float32)
         wanted += _wanted(path, parameter, 0, parameter.shape[0], "weight", values)
         copies.append((parameter, values))
+    weights = {entry.tensor for entry in checkpoint.entries if not entry.tensor.startswith(MOMENT_PREFIXES)}
+    beyond = sorted(weights - {want.tensor for want in wanted})
+    if beyond:
+        raise UserError(f"{checkpoint.folder}: of another model; this one has no {beyond[0]!r:.80}")
     _read(checkpoint, wanted)
     with torch.no_grad():
         for parameter, values in copies:
@@ -272,7 +224,7 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 def _wanted(path: str, parameter: nn.Parameter, first: int, end: int, kind: str, rows: Tensor) -> list[Wanted]:
     return [
-        Wanted(tensor_name(name, kind), _offset(piece, begin), rows[begin - first : stop - first])
+        Wanted(tensor_name(name, kind), piece.shape, _offset(piece, begin), rows[begin - first : stop - first])
         for name, piece, begin, stop in local_boxes(path, parameter, first, end)
     ]
 
@@ -282,8 +234,15 @@ def _offset(piece: Piece, row: int) -> tuple[int, ...]:
 
 
 def _read(checkpoint: Checkpoint, wanted: list[Wanted]) -> None:
-    have = {entry.tensor for entry in checkpoint.entries}
-    missing = sorted({want.tensor for want in wanted} - have)
+    shapes = {entry.tensor: entry.shape for entry in checkpoint.entries}
+    missing = sorted({want.tensor for want in wanted} - shapes.keys())
     if missing:
         raise UserError(f"{checkpoint.folder}: lacks {len(missing)} tensors of this model, the first {missing[0]!r}")
-    read_boxes(wanted, checkpoint.folder, checkpoint.entries)
+    for want in wanted:
+        if shapes[want.tensor] != want.shape:
+            found = f"{want.tensor!r} is {shapes[want.tensor]}, this model's {want.shape}"
+            raise UserError(f"{checkpoint.folder}: of another model; its {found}")
+    try:
+        read_boxes(wanted, checkpoint.folder, checkpoint.entries)
+    except OSError as error:
+        raise UserError(f"{checkpoint.folder}: cannot be read: {error}") from error

@@ -65,11 +65,21 @@ def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
         return np.concatenate([[tokenizer.eos], _all_tokens(manifest)]), manifest.text_bytes
-    ids, text_bytes = [tokenizer.eos], 0
-    for document in read_documents(text_files([data]), skipped=Skipped(strict=True)):
+    if parts := sorted(data.glob("*/manifest.json")):
+        raise UserError(f"--data {data}: name one folder of shards: {', '.join(str(part.parent) for part in parts)}")
+    ids, text_bytes, skipped = [tokenizer.eos], 0, Skipped()
+    for document in read_documents(text_files([data]), skipped=skipped):
         ids += [*tokenizer.encode(document.text), tokenizer.eos]
         text_bytes += len(document.text.encode())
+    _check_all_read(data, skipped)
     return np.asarray(ids, dtype=np.int64), text_bytes
+
+
+def _check_all_read(data: Path, skipped: Skipped) -> None:
+    """A score of a part would look like one of the whole. An empty file has nothing to score."""
+    reasons = [f"{reason}: {', '.join(skipped.examples[reason])}" for reason in skipped.counts if reason != "empty"]
+    if reasons:
+        raise UserError(f"--data {data}: not all of it is text; {'; '.join(reasons)}")
 
 
 def _all_tokens(manifest: Manifest) -> np.ndarray:
@@ -83,9 +93,11 @@ def main(args: Namespace) -> int:
     """`python -m pretrain evaluate`: prints one JSON line."""
     loaded = load_model(Path(args.run_folder), args.checkpoint)
     length = loaded.model.max_length
-    stride = args.stride or length
+    stride = length if args.stride is None else args.stride
     if not 1 <= stride <= length:
         raise UserError(f"--stride {stride}: give 1 to {length}, the model's length")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
     ids, text_bytes = _tokens_of(Path(args.data), loaded)
     if len(ids) < 2:
         raise UserError(f"--data {args.data}: nothing to score in it")

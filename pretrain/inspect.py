@@ -83,24 +83,25 @@ def _run(path: Path, console: Console) -> int:
     count = parameter_count(config.model, config.model.vocab_size or tokenizer.vocab_size, config.data.seq_length)
     console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")
     table = Table("step", "validation loss", "size", "written by", "hashes")
-    losses = {line["step"]: line["validation_loss"] for line in read_metrics(path) if "validation_loss" in line}
-    damaged = False
+    losses = {line["step"]: line.get("validation_loss") for line in read_metrics(path)}
+    damaged: list[str] = []
     for step in checkpoint.list_steps(path):
-        loss = f"{losses[step]:.4f}" if step in losses else ""
+        loss = "" if losses.get(step) is None else f"{losses[step]:.4f}"
         try:
             found = checkpoint.open_checkpoint(checkpoint.folder_of(path, step))
         except UserError as error:
-            damaged = True
-            table.add_row(f"{step:,}", loss, "", "", str(error))
+            damaged.append(f"step {step:,}: {error}")
+            table.add_row(f"{step:,}", loss, "", "", "damaged")
             continue
-        writer = f"{found.about.get('layout')}, {found.about.get('processes')} processes"
-        table.add_row(f"{step:,}", loss, f"{found.bytes / 2**20:,.1f} MiB", writer, f"{len(found.files)} files match")
+        writer, size = str(found.about.get("layout")), f"{found.bytes / 2**20:,.1f} MiB"
+        table.add_row(f"{step:,}", loss, size, writer, f"{len(found.files)} match")
     console.print(table)
+    console.print(*damaged, sep="\n", end="\n" if damaged else "")
     return 1 if damaged else 0
 
 
 def _last(path: Path) -> str:
-    lines = [line for line in read_metrics(path) if "loss" in line]
+    lines = [line for line in read_metrics(path) if line.get("loss") is not None]
     return f"step {lines[-1]['step']:,}, loss {lines[-1]['loss']:.4f}" if lines else "no step logged yet"
 
 

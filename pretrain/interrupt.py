@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM as a wish: the loop saves after the step it is in and ends. A second Ctrl-C ends at once."""
+"""Ctrl-C and SIGTERM as a wish: the loop saves after the step it is in and ends (several ranks, which must agree,
+after the next one). A second Ctrl-C ends at once."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,21 @@ class Metrics:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def write(self, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps(fields) + "\n")
+        self._file.write(json.dumps(finite(fields), allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Bring the lines to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for a number that is not finite: null stands for it."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+    }
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pretrain.board import Board
 from pretrain.checkpoint import State
 from pretrain.config.run import Config
 from pretrain.flops import flops_per_token, peak_flops
-from pretrain.metrics import Metrics
+from pretrain.metrics import Metrics, finite, read_metrics
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
 
@@ -70,7 +70,13 @@ class Silent:
     def text(self, step: int, text: str) -> None:
         """A text by the model."""
 
+    def flush(self) -> None:
+        """Bring to the disk what was reported so far."""
+
     def saved(self, step: int, seconds: float) -> None: ...
+
+    def over(self, state: State, reason: str) -> None:
+        """In place of `begin` and `end`, for a run that had ended before."""
 
     def end(self, state: State, reason: str) -> None:
         """The run ends: "finished", "stopped" (it was asked to), "early-stop" or "diverged"."""
@@ -202,6 +208,20 @@ class Reporter(Silent):
             self.board.text(step, text)
         self.terminal.say(f"step {step:,}, a text by the model:", *(f"  | {line}" for line in text.splitlines()[:12]))
 
+    def flush(self) -> None:
+        if self.metrics is not None:
+            self.metrics.flush()
+        if self.board is not None:
+            self.board.flush()
+
+    def over(self, state: State, reason: str) -> None:
+        self.terminal.say(*self._farewell(state, reason, None, None, None))
+        if reason == "finished":
+            self.terminal.say(
+                "nothing is left to do; a longer schedule.total goes on from here, for example",
+                f'  python -m pretrain train {self.folder} "schedule.total={2 * state.step} steps"',
+            )
+
     def saved(self, step: int, seconds: float) -> None:
         self.terminal.say(f"step {step:,}: saved in {seconds:.1f} s")
 
@@ -223,7 +243,7 @@ class Reporter(Silent):
             "session_seconds": time.perf_counter() - self.session,
         }
         partial = self.folder / f".{SUMMARY}.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
         os.replace(partial, self.folder / SUMMARY)
         if self.board is not None:
             self.board.close(ended=True)
@@ -232,8 +252,6 @@ class Reporter(Silent):
         self.terminal.say(*self._farewell(state, reason, first, last, speed))
 
     def _validations(self) -> Iterator[dict[str, Any]]:
-        from pretrain.metrics import read_metrics
-
         return (line for line in read_metrics(self.folder) if "validation_loss" in line)
 
     def _farewell(

@@ -45,34 +45,47 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
         problems += resume_problems(saved, config)
     if problems:
         raise problem_error(f"{source}: this run cannot start", problems)
-    if folder.exists() and not (folder / CONFIG).is_file() and _foreign(folder):
+    if not path.is_dir() and _foreign(folder):
         raise UserError(f"run.dir: {folder} holds files but is no run's folder; choose an empty or a new one")
     return config
 
 
 def _foreign(folder: Path) -> bool:
-    return not folder.is_dir() or any(
-        path.name != "logs" for path in folder.iterdir()
-    )  # the launcher opens logs/ first
+    """Whether there is something that is not ours, which a run must not write into."""
+    if not folder.is_dir():
+        return folder.exists()
+    if (folder / CONFIG).is_file() and ((folder / TOKENIZER).is_file() or (folder / CHECKPOINTS).is_dir()):
+        return False
+    # The launcher opens logs/ before the run begins, and one that was killed as it began has left no more than the rest.
+    ours = ("logs", TOKENIZER, _partial(folder / TOKENIZER).name, _partial(folder / CONFIG).name)
+    return any(path.name not in ours for path in folder.iterdir())
 
 
 def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
     """Keep the resolved config and the tokenizer in the run's folder, which needs nothing else to go on."""
-    folder = Path(config.run.dir)
+    folder, problem = Path(config.run.dir), ""
     grid.wait()  # every rank has read what is there
     if grid.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(folder / CONFIG, dump_config(config).encode())
             _write_whole(folder / TOKENIZER, sources.train.manifests[0].tokenizer().model)
+            _write_whole(folder / CONFIG, dump_config(config).encode())
         except OSError as error:
-            raise UserError(f"run.dir: {folder} cannot be written: {error}") from error
+            problem = f"run.dir: {folder} cannot be written: {error}"
+    if problem := grid.from_first(problem):
+        raise UserError(problem)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    if path.is_file() and path.read_bytes() == content:
+        return
+    partial = _partial(path)
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def about(grid: Grid, data: str) -> dict[str, Any]:

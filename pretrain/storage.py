@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
@@ -156,7 +158,7 @@ def write_boxes(boxes: list[Box], folder: Path) -> tuple[list[Entry], dict[str, 
     try:
         dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes))
     except dcp.api.CheckpointException as error:
-        raise OSError("; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())) from error
+        raise _cause(error, OSError) from error
     where = _file_of_tensors(writer, boxes)
     entries = [
         Entry(tensor, box.shape, box.offset, tuple(box.values.shape), where[tensor])
@@ -164,6 +166,14 @@ def write_boxes(boxes: list[Box], folder: Path) -> tuple[list[Entry], dict[str, 
         for tensor in [tensor_name(box.name, box.kind)]
     ]
     return entries, writer.files
+
+
+def _cause(error: dcp.api.CheckpointException, *expected: type[Exception]) -> BaseException:
+    """What to raise for the failures of some ranks: an OSError of them all if each is one of the expected, else the first
+    that is not, such as a Ctrl-C."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    other = [cause for cause in causes.values() if not isinstance(cause, expected)]
+    return other[0] if other else OSError("; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items()))
 
 
 def _file_of_tensors(writer: _Writer, boxes: list[Box]) -> dict[str, str]:
@@ -177,9 +187,10 @@ def _file_of_tensors(writer: _Writer, boxes: list[Box]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A box to read and where to put it: `target` is float32 of the box's size."""
+    """A box to read, of a tensor of this shape, and where to put it: `target` is float32 of the box's size."""
 
     tensor: str
+    shape: tuple[int, ...]
     offset: tuple[int, ...]
     target: Tensor
 
@@ -241,7 +252,21 @@ class _Reader(HuggingFaceStorageReader):
             places[index] = _HFStorageInfo(path, torch.Size(entry.size), torch.float32)
         return Metadata(state_dict_metadata=tensors, storage_data=places)
 
+    def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+        stored, place = f.get_slice(req.storage_index.fqn), self.storage_data[req.storage_index]
+        if stored.get_dtype() != "F32" or tuple(stored.get_shape()) != tuple(place.shape):
+            found = f"{stored.get_dtype()} {tuple(stored.get_shape())}, not F32 {tuple(place.shape)}"
+            raise ValueError(f"{place.relative_path}: {req.storage_index.fqn} is {found}")
+        super()._process_read_request(f, req, planner)
+
 
 def read_boxes(wanted: list[Wanted], folder: Path, entries: list[Entry]) -> None:
-    """Fill every target. Collective where torch.distributed is initialised."""
-    dcp.load({}, storage_reader=_Reader(folder, entries), planner=_LoadPlanner(wanted))
+    """Fill every target. Collective where torch.distributed is initialised. Raises OSError where a file cannot be read or
+    does not hold what its entries say."""
+    try:
+        with warnings.catch_warnings():
+            # That it reads in a single process is just what is wanted there.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load({}, storage_reader=_Reader(folder, entries), planner=_LoadPlanner(wanted))
+    except dcp.api.CheckpointException as error:
+        raise _cause(error, OSError, ValueError, SafetensorError) from error

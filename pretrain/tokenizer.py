@@ -89,7 +89,7 @@ class Tokenizer:
         """Text of the ids; control ids give no text. Raises ValueError on an id outside the vocabulary."""
         try:
             return self._processor.decode(list(ids))
-        except IndexError as error:
+        except (IndexError, TypeError) as error:  # TypeError: an id of more than 32 bits
             raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}") from error
 
     def piece(self, index: int) -> str:
@@ -110,20 +110,22 @@ def cut(text: str, limit: int) -> Iterator[str]:
 def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     """At most `max_bytes` of the texts' pieces: those of lowest hash, so neither order nor number of texts matters.
 
-    One pass, memory bounded by `max_bytes`. Returned in the order of their hashes.
+    One pass, memory bounded by `max_bytes`. Returned in the order of their hashes. A piece that is shed shuts out all of
+    higher hash for good, or a short one that comes later would take the room that a long one left.
     """
-    heap: list[tuple[int, str]] = []
-    size = 0
+    heap: list[tuple[int, str]] = []  # of hashes below zero, so that the highest is shed first
+    size, shed = 0, -(2**64)
     for text in texts:
         for piece in cut(text, PIECE):
             data = piece.encode()
             mark = -xxhash.xxh64_intdigest(data, seed=seed % 2**64)
-            if not data or (size >= max_bytes and heap and mark <= heap[0][0]):
+            if not data or mark <= shed:
                 continue
             heapq.heappush(heap, (mark, piece))
             size += len(data)
             while size > max_bytes and len(heap) > 1:
-                size -= len(heapq.heappop(heap)[1].encode())
+                mark, last = heapq.heappop(heap)
+                size, shed = size - len(last.encode()), max(shed, mark)
     return [piece for _, piece in sorted(heap, reverse=True)]
 
 

@@ -6,7 +6,10 @@ config, `State` and the engine's tensors, so a checkpoint holds just these.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +40,8 @@ from pretrain.report import Facts, Reporter, Silent
 from pretrain.schedule import Plan
 from pretrain.validation import Validation
 
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 class StepData(NamedTuple):
     """This rank's part of one step."""
@@ -63,7 +68,7 @@ def train(run: Run) -> str:
             run.validate()
         if run.due(run.config.monitor.sample_every):
             run.sample()
-        reason = run.ending(data.stop)
+        reason = run.ending(data.stop or run.asked_alone)
         if reason or run.due(run.config.checkpoint.every) or run.is_best:
             run.save()
         if reason:
@@ -188,7 +193,8 @@ class Run:
         self.built.train(False)
         with self.reporter.pause():
             result = self.validation.run(self.built.schedule)
-        best = self.state.best_loss is None or result.loss < self.state.best_loss
+        lowest = math.inf if self.state.best_loss is None else self.state.best_loss
+        best = result.loss < lowest  # never one that is not a number
         self.state = dataclasses.replace(
             self.state,
             best_loss=result.loss if best else self.state.best_loss,
@@ -198,9 +204,9 @@ class Run:
         self.reporter.validation(self.state.step, self.state.samples * self.config.data.seq_length, result)
 
     def sample(self) -> None:
-        """A text by the model as it is, to TensorBoard; where each process can run all layers."""
-        monitor, layout = self.config.monitor, self.grid.layout
-        if layout.pipeline > 1 or layout.sequence or layout.context > 1 or layout.zero == 3:
+        """A text by the model as it is, to TensorBoard."""
+        monitor = self.config.monitor
+        if not self.can_sample:
             return
         self.heartbeat.mark(self.state.step, "sample")
         self.built.train(False)
@@ -211,9 +217,20 @@ class Run:
         self.reporter.text(self.state.step, text)
 
     @property
+    def can_sample(self) -> bool:
+        """A process can run all layers on one token after the other."""
+        layout = self.grid.layout
+        return layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
+
+    @property
     def is_best(self) -> bool:
         """This step was validated, no step had a better loss, and the best is to be kept."""
         return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
+
+    @property
+    def asked_alone(self) -> bool:
+        """Asked to stop in this very step; several ranks agree on that only as the next one begins."""
+        return self.grid.world == 1 and self.interrupt.asked
 
     def ending(self, stop: bool) -> str:
         """Why the run ends after this step; empty while it goes on."""
@@ -232,28 +249,48 @@ class Run:
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
         with self.reporter.pause():
             started = time.perf_counter()
+            self.reporter.flush()  # before there is a checkpoint that says it was reported
             try:
                 checkpoint.save(
                     self.folder, self.state, self.engine, self.grid, runs.about(self.grid, self.sources.fingerprint)
                 )
             except OSError as error:
-                raise UserError(self._disk_message(error)) from error
-            if self.grid.rank == 0:
-                keep = [self.state.best_step] if self.config.checkpoint.keep_best and self.state.best_step else []
-                checkpoint.prune(self.folder, self.config.checkpoint.keep_last, keep)
+                raise self._unwritten(f"the checkpoint of step {self.state.step}", error) from error
+            self._prune()
         self.reporter.saved(self.state.step, time.perf_counter() - started)
 
-    def _disk_message(self, error: OSError) -> str:
+    def _prune(self) -> None:
+        if self.grid.rank != 0:
+            return
+        settings, best = self.config.checkpoint, self.state.best_step
+        try:
+            checkpoint.prune(
+                self.folder, self.state.step, settings.keep_last, [best] if settings.keep_best and best else []
+            )
+        except OSError as error:
+            self.reporter.warn(f"an old checkpoint cannot be removed: {error}")
+
+    def _unwritten(self, what: str, error: OSError) -> UserError:
         steps = checkpoint.list_steps(self.folder)
         last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
-        return (
-            f"the checkpoint of step {self.state.step} could not be written: {error}\n"
+        return UserError(
+            f"{what} could not be written: {error}\n"
             f"Nothing was lost of the checkpoints before ({last}). Free space and start again with\n"
             f"  python -m pretrain train {self.folder}"
         )
 
+    @contextlib.contextmanager
+    def disk_may_fill(self) -> Iterator[None]:
+        """What is reported inside may find no space."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FAILS:
+                raise
+            raise self._unwritten(f"the report of step {self.state.step}", error) from error
+
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
+        """Go on from the newest whole checkpoint, if there is one. A run that is over is left as it is."""
         found = checkpoint.latest_everywhere(self.folder, self.grid, self.reporter.warn)
         if found is not None:
             if found.about.get("data") != self.sources.fingerprint:
@@ -263,7 +300,13 @@ class Run:
                 )
             checkpoint.load_engine(found, self.engine)
             self.state = self.before = found.state
+        if self.ending(stop=False):
+            return
+        runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
+        if self.config.monitor.sample_every is not None and not self.can_sample:
+            layout = self.grid.layout
+            self.reporter.warn(f"monitor.sample_every has no effect under {layout}: no process can run all layers")
 
     def facts(self) -> Facts:
         model, stream = self.config.model, self.sources.train
@@ -293,10 +336,11 @@ def _main(config: Config, sources: Sources, heartbeat: Heartbeat) -> int:
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     run.heartbeat = heartbeat
-    runs.claim_folder(config, grid, sources)
-    with Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent() as run.reporter:
+    reporter = Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent()
+    with run.disk_may_fill(), reporter as run.reporter:
         run.resume()
-        reason = run.ending(stop=False) or train(run)
-        run.reporter.end(run.state, reason)
+        over = run.ending(stop=False)
+        reason = over or train(run)
+        (run.reporter.over if over else run.reporter.end)(run.state, reason)
     stop_grid()
     return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)

@@ -12,7 +12,7 @@ import zstandard
 
 SUFFIXES = (".gz", ".zst")
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
-FEED = 4096  # compressed bytes a call: a block of 4 bytes may stand for 128 KiB, so this bounds a bomb's memory
+FEED = 512  # compressed bytes a call: a block of 4 may stand for 128 KiB, so this bounds a bomb's memory to 16 MiB
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -32,7 +32,8 @@ class _ZstandardFile(io.RawIOBase):
         self._file = path.open("rb")
         self._frame = self._new_frame()
         self._inside = False
-        self._compressed = self._text = b""
+        self._compressed = b""
+        self._text = memoryview(b"")
 
     @staticmethod
     def _new_frame() -> Any:
@@ -48,7 +49,7 @@ class _ZstandardFile(io.RawIOBase):
                 if self._inside:
                     raise EOFError("the compressed stream is cut short")
                 return 0
-            self._text = self._frame.decompress(self._compressed)
+            self._text = memoryview(self._frame.decompress(self._compressed))
             self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
             if self._frame.eof:
                 self._frame = self._new_frame()

@@ -44,7 +44,8 @@ TEXT_SUFFIXES = (
     *(".r", ".jl", ".hs", ".ml", ".sql", ".sh", ".bash", ".json", *JSON_SUFFIXES),
 )
 MAX_DOCUMENT_BYTES = 256 << 20
-LEFT_OUT_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# encodings: its codec tables are a tenth of the text and no Python to learn from.
+LEFT_OUT_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}
 EXAMPLES = 20
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pretrain.errors import UserError
 
 LOCK = ".preparing"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextmanager
@@ -25,39 +26,52 @@ def whole_folder(out: str | Path, contents: Sequence[str], say: Callable[[str], 
 
     contents: the names that may be written at its top, by which a killed run's leftover is known to be ours.
 
-    Raises UserError where `out` exists and is not an empty folder, another process is writing it, or the disk is full.
+    Raises UserError where `out` exists and is not an empty folder, another process is writing it, or it cannot be
+    written.
     """
     out = Path(os.path.realpath(out))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: name another, or remove it first.")
     draft = out.parent / f".{out.name}.preparing"
     lock = None
     try:
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an empty folder: name another, or remove it first.")
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftover(draft, out, contents, say)
         draft.mkdir()
-        lock = _lock(draft)
+        lock = _lock(draft, out)
         yield draft
-        (draft / LOCK).unlink()
         _sync_tree(draft)
         os.rename(draft, out)
+        (out / LOCK).unlink()  # last, for a draft without a held lock is a leftover to whoever starts now
+        _sync(out)
         _sync(out.parent)
     except BaseException as error:
         if lock is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk that holds {out} is full: nothing was written. Free some space.") from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"{out} cannot be written: {error.strerror} ({error.filename}).") from error
+        if isinstance(error, OSError):
+            raise _explained(error, out) from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _lock(draft: Path) -> int:
+def _explained(error: OSError, out: Path) -> Exception:
+    """The user's mistake behind the error, or the error itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"The disk that holds {out} is full: nothing was written. Free some space.")
+    if error.errno in UNWRITABLE:
+        return UserError(f"{out} cannot be written: {error.strerror} ({error.filename}).")
+    return error
+
+
+def _lock(draft: Path, out: Path) -> int:
     lock = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"Another process is preparing {out} right now.") from error
     return lock
 
 
@@ -68,10 +82,7 @@ def _clear_leftover(draft: Path, out: Path, contents: Sequence[str], say: Callab
     if draft.is_symlink() or not draft.is_dir() or not set(os.listdir(draft)) <= {LOCK, *contents}:
         raise UserError(f"{draft} is in the way and not a leftover of this program: move it, then start again.")
     if (draft / LOCK).is_file():
-        try:
-            os.close(_lock(draft))
-        except BlockingIOError as error:
-            raise UserError(f"Another process is preparing {out} right now.") from error
+        os.close(_lock(draft, out))
     say(f"An earlier run that was to write {out} was interrupted; its leftover is removed and the work starts again.")
     shutil.rmtree(draft)
 

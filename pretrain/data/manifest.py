@@ -33,6 +33,8 @@ MAX_BYTES = 32 << 20  # ten trillion tokens are 37,000 shards: 13 MB
 MAX_SHARDS = 1 << 17
 MAX_TOKENS_PER_CHUNK = 1 << 24
 MAX_TOKENS = 1 << 56
+MAX_CHUNKS = 1 << 26  # 35 trillion tokens at 2^19 a chunk; a reader keeps a byte for each
+MAX_CHUNKS_OF_SHARD = 1 << 20  # a reader holds their hashes: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,14 @@ class Manifest:
         return np.cumsum([0, *(shard.chunks for shard in self.shards)], dtype=np.int64)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the shards."""
-        return Tokenizer.load(self.tokenizer_path)
+        """The tokenizer beside the shards. Raises UserError if its ids are not those that the manifest tells of."""
+        tokenizer = Tokenizer.load(self.tokenizer_path)
+        if (tokenizer.vocab_size, tokenizer.special) != (self.vocab_size, self.special):
+            raise UserError(
+                f"{self.folder / NAME} was edited: its vocabulary and special ids are not those of "
+                f"{self.tokenizer_path}. Prepare the data again."
+            )
+        return tokenizer
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -158,8 +166,10 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
         text_bytes=_integer(value, "text_bytes", 0, MAX_TOKENS),
         shards=tuple(_shard(item) for item in value["shards"]),
     )
-    if "eos" not in manifest.special or describe(manifest) != value:
+    if "eos" not in manifest.special or canonical(describe(manifest)) != raw:  # bytes: true would equal 1
         raise ValueError("its fields are not those of a manifest")
+    if manifest.chunks > MAX_CHUNKS:
+        raise ValueError(f"{manifest.chunks:,} chunks are more than the {MAX_CHUNKS:,} that can be read")
     _check_shards(manifest)
     return manifest
 
@@ -187,7 +197,7 @@ def _shard(item: dict[str, Any]) -> Shard:
     return Shard(
         name=item["name"],
         bytes=_integer(item, "bytes", 1, MAX_TOKENS),
-        chunks=_integer(item, "chunks", 1, MAX_TOKENS),
+        chunks=_integer(item, "chunks", 1, MAX_CHUNKS_OF_SHARD),
         tokens=_integer(item, "tokens", 1, MAX_TOKENS),
         sha256=_hash(item, "sha256"),
         sidecar=item["sidecar"],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # numbers (B,), tokens (B, T + 1), both int64
 Item = tuple[Batch | None, BaseException | None]
+LOCATE = 2048  # sample numbers located in one call: 0.4 us each, where a batch of 8 by itself costs 30 us each
 
 
 class Prefetch:
@@ -103,9 +104,30 @@ def prefetch(stream: Stream, plan: Iterator[tuple[int, int]], rank: int, world: 
         for first, size in source:
             yield rank_numbers(first, size, rank, world, stream.lanes)
 
-    def tokens(source: Iterator[np.ndarray[Any, Any]]) -> Iterator[Batch]:
-        for mine in source:
-            yield mine, stream.read(mine)
+    def tokens(source: Iterator[list[np.ndarray[Any, Any]]]) -> Iterator[Batch]:
+        for batches in source:
+            sources, samples = stream.order.locate(np.concatenate(batches))
+            ends = np.cumsum([len(mine) for mine in batches])
+            for mine, end in zip(batches, ends, strict=True):
+                part = slice(end - len(mine), end)
+                yield mine, stream.gather(sources[part], samples[part])
 
-    stages: list[Callable[..., Iterator[Any]]] = [positions, numbers, tokens]
+    stages: list[Callable[..., Iterator[Any]]] = [positions, numbers, _groups, tokens]
     return Prefetch(DataPipeline(*stages), depth)
+
+
+def _groups(batches: Iterator[np.ndarray[Any, Any]]) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """Batches together until they hold LOCATE numbers; what came before an error of the plan is still given."""
+    group: list[np.ndarray[Any, Any]] = []
+    try:
+        for batch in batches:
+            group.append(batch)
+            if sum(map(len, group)) >= LOCATE:
+                yield group
+                group = []
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group

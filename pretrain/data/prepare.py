@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,8 @@ def prepare(
 def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
     """The files to read; standard input is kept in a file, since it is read twice."""
     files: list[TextFile] = []
+    if sum(str(text) == "-" for text in texts) > 1:
+        raise UserError("- stands for standard input and can be named once.")
     for text in texts:
         if str(text) != "-":
             files += text_files([text])
@@ -162,9 +164,13 @@ def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str],
     say("Reading the text to train a tokenizer")
 
     def texts() -> Iterator[str]:
-        for document in read_documents(files, options.split, options.text_field, Skipped(options.strict)):
-            if not _is_validation(document.text.encode(), options):
+        skipped, documents = Skipped(options.strict), dict.fromkeys(PARTS, 0)
+        for document in read_documents(files, options.split, options.text_field, skipped):
+            name = _part(document.text.encode(), options)
+            documents[name] += 1
+            if name == "train":
                 yield document.text
+        _check_split(documents, skipped, options)
 
     arguments = (options.model_type, options.user_symbols, None, options.max_train_bytes, options.seed)
     if options.vocab_size is not None:
@@ -176,10 +182,26 @@ def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str],
         return train_tokenizer(texts(), error.largest, *arguments)
 
 
-def _is_validation(text: bytes, options: Options) -> bool:
+def _part(text: bytes, options: Options) -> str:
+    """The part that a document belongs to."""
     share = VALIDATION if options.validation is None else options.validation
     mark = xxhash.xxh64_intdigest(text, seed=(options.seed + 0x5EED) % 2**64)
-    return mark < share * 2**64
+    return PARTS[mark < share * 2**64]
+
+
+def _check_split(documents: Mapping[str, int], skipped: Skipped, options: Options) -> None:
+    """Raises UserError if a part that must have documents has none."""
+    train, validation = (documents[name] for name in PARTS)
+    if not train and not validation:
+        reasons = (
+            f"{count} {reason}, such as {skipped.examples[reason][0]}" for reason, count in skipped.counts.items()
+        )
+        raise UserError(f"The corpus is empty: no document could be read ({'; '.join(reasons) or 'there is none'}).")
+    if not train or (options.validation and not validation):
+        raise UserError(
+            f"Of {train + validation} documents none fell to {PARTS[bool(train)]}: split the text into more documents "
+            "(--split blank-line), or change --validation (0 leaves it out)."
+        )
 
 
 def _write(
@@ -204,7 +226,7 @@ def _write(
                 starts = np.cumsum([0, *encoded.lengths])
                 for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
                     data = document.text.encode()
-                    name = PARTS[_is_validation(data, options)]
+                    name = _part(data, options)
                     writers[name].add(encoded.tokens[start : start + length])
                     report.parts[name].add(length, len(data))
                     progress.add(length, len(data))
@@ -212,24 +234,13 @@ def _write(
                 report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
     finally:
         encoder.close()
-    _finish(draft, report, tokenizer, writers, options)
+    _check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)
+    _finish(draft, report, tokenizer, writers)
     return report
 
 
-def _finish(
-    draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter], options: Options
-) -> None:
+def _finish(draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     """Write the manifests, once everything is written that they speak of."""
-    train, validation = (report.parts[name] for name in PARTS)
-    if not train.documents and not validation.documents:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        raise UserError(f"The corpus is empty: no document could be read{f' ({reasons})' if reasons else ''}.")
-    if not train.documents or (options.validation and not validation.documents):
-        raise UserError(
-            f"Of {train.documents + validation.documents} documents none fell to "
-            f"{PARTS[bool(train.documents)]}: split the text into more documents (--split blank-line), or change "
-            "--validation (0 leaves it out)."
-        )
     for name, writer in writers.items():
         if report.parts[name].documents:
             _finish_part(draft / name, report.parts[name], tokenizer, writer)

@@ -59,8 +59,8 @@ class Progress:
 
 def print_report(report: Report, out: str | Path) -> None:
     """The table at the end, and what was skipped."""
-    console = Console()
-    table = Table("", *("documents", "tokens", "bytes", "bytes per token"), title=str(out))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("", *("documents", "tokens", "bytes", "bytes per token"), title=_printable(str(out)))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, part in report.parts.items():
@@ -68,12 +68,14 @@ def print_report(report: Report, out: str | Path) -> None:
             ratio = f"{part.text_bytes / part.tokens:.2f}"
             table.add_row(name, f"{part.documents:,}", f"{part.tokens:,}", f"{part.text_bytes:,}", ratio)
     console.print(table)
-    console.print(f"Vocabulary {report.vocab_size:,}. Skipped: {sum(report.skipped.values()):,}.", highlight=False)
+    console.print(f"Vocabulary {report.vocab_size:,}. Skipped: {sum(report.skipped.values()):,}.")
     for reason, count in sorted(report.skipped.items()):
-        console.print(f"  {count:,} {reason}, such as {report.examples[reason][0]}", highlight=False, markup=False)
+        console.print(f"  {count:,} {reason}, such as {_printable(report.examples[reason][0])}")
     if report.altered:
-        console.print(
-            f"{report.altered:,} documents do not decode to themselves, such as {report.altered_examples[0]}",
-            highlight=False,
-            markup=False,
-        )
+        example = _printable(report.altered_examples[0])
+        console.print(f"{report.altered:,} documents do not decode to themselves, such as {example}")
+
+
+def _printable(name: str) -> str:
+    """A file's name may hold bytes that are no text, or a terminal's commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

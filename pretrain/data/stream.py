@@ -69,6 +69,7 @@ class Stream:
             "shuffle": shuffle,
         }
         self._chunks = [Chunks(manifest) for manifest in self.manifests]
+        self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
         self._lock = threading.Lock()
 
     @property
@@ -92,25 +93,27 @@ class Stream:
 
     def read(self, numbers: Integers) -> Integers:
         """Tokens of sample numbers (B,): (B, seq_length + 1) int64. Raises UserError naming a bad shard and chunk."""
-        sources, samples = self.order.locate(numbers)
+        return self.gather(*self.order.locate(numbers))
+
+    def gather(self, sources: Integers, samples: Integers) -> Integers:
+        """Tokens of samples (B,) as `order.locate` gives them: (B, seq_length + 1) int64. Raises as `read` does."""
         out = np.empty((len(samples), self.seq_length + 1), np.int64)
+        chunks, firsts = self._place(sources, samples)
         with self._lock:
-            for row, source, sample in zip(out, sources.tolist(), samples.tolist(), strict=True):
-                chunk, place = self._place(source, sample)
-                row[:] = self._chunks[source].tokens(chunk, place, self.seq_length + 1)
+            for row, source, chunk, first in zip(out, sources.tolist(), chunks.tolist(), firsts.tolist(), strict=True):
+                row[:] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
         return out
 
-    def _place(self, source: int, sample: int) -> tuple[int, int]:
-        """(chunk, first token in it) of a source's sample."""
-        chunk, index = divmod(sample, self.manifests[source].tokens_per_chunk // self.seq_length)
-        return chunk, index * self.seq_length
+    def _place(self, sources: Integers, samples: Integers) -> tuple[Integers, Integers]:
+        """(chunk, first token in it) of samples, each (B,)."""
+        chunks, indices = np.divmod(samples, self._per_chunk[sources])
+        return chunks, indices * self.seq_length
 
     def explain(self, number: int) -> dict[str, Any]:
         """Where a sample number's tokens are from, and its text by document."""
         sources, samples = self.order.locate(np.array([number], np.int64))
-        source, sample = int(sources[0]), int(samples[0])
-        chunk, place = self._place(source, sample)
-        tokens = self.read(np.array([number], np.int64))[0, :-1]
+        source, sample, chunk, first = (int(part[0]) for part in (sources, samples, *self._place(sources, samples)))
+        tokens = self.gather(sources, samples)[0, :-1]
         tokenizer = self.manifests[source].tokenizer()
         return {
             "number": number,
@@ -119,7 +122,7 @@ class Stream:
             "sample": sample,
             "shard": self._chunks[source].shard_of(chunk).name,
             "chunk": chunk,
-            "first_token": place,
+            "first_token": first,
             "documents": [tokenizer.decode(part.tolist()) for part in _split(tokens, self.eos)],
         }
 

@@ -1,0 +1,309 @@
+"""A checkpoint is whole or not there; the newest whole one is taken; a full disk costs nothing that was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pretrain import checkpoint
+from pretrain.errors import UserError
+from tests.pretrain import running
+from tests.pretrain.running import assert_refused, train
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_data: Path) -> Path:
+    """A copy of the trained run, with checkpoints of the steps 3, 4, 6, 8, 9 and 12, to damage."""
+    return Path(shutil.copytree(running.trained(tiny_data), tmp_path / "run"))
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+
+
+def damage(run: Path, step: int, how: str) -> None:
+    folder = running.checkpoint_folder(run, step)
+    [tensors] = folder.glob("*.safetensors")
+    if how == "a flipped bit":
+        flip_a_bit(tensors, tensors.stat().st_size // 2)
+    elif how == "a flipped bit in the manifest":
+        flip_a_bit(folder / "manifest.json", 1)
+    elif how == "a cut file":
+        os.truncate(tensors, tensors.stat().st_size - 1)
+    elif how == "a cut manifest":
+        os.truncate(folder / "manifest.json", 1000)
+    elif how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "no file":
+        tensors.unlink()
+    elif how == "nothing in it":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+DAMAGES = (
+    "a flipped bit",
+    "a flipped bit in the manifest",
+    "a cut file",
+    "a cut manifest",
+    "no manifest",
+    "no file",
+    "nothing in it",
+)
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_holds_the_sha256_and_size_of_each_file(tiny_data: Path) -> None:
+    run = running.trained(tiny_data)
+    for step in running.steps_of(run):
+        folder = running.checkpoint_folder(run, step)
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+        expected = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+        }
+        assert running.manifest_of(run, step)["files"] == expected
+        assert all(name.endswith(".safetensors") for name in files)
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path, tiny_data: Path) -> None:
+    """The best, of step 4, is older than the last two; the older best of step 2 goes when a better one is there."""
+    losses = partial(running.script_validations, 9.0, 8.0, 7.0, 7.5, 7.5, 7.5, 7.5)
+    options = ("monitor.validate_every=2 steps", "checkpoint={every: 5 steps, keep_last: 2}")
+    assert train(tmp_path, tiny_data, *options, fault=losses).code == 0
+    assert running.steps_of(tmp_path / "run") == [4, 10, 12]
+    assert running.manifest_of(tmp_path / "run", 12)["state"]["best_step"] == 4
+
+
+def test_the_best_is_not_kept_where_that_is_off(tmp_path: Path, tiny_data: Path) -> None:
+    losses = partial(running.script_validations, 9.0, 8.0, 7.0, 7.5, 7.5, 7.5, 7.5)
+    options = ("monitor.validate_every=2 steps", "checkpoint={every: 5 steps, keep_last: 2, keep_best: false}")
+    assert train(tmp_path, tiny_data, *options, fault=losses).code == 0
+    assert running.steps_of(tmp_path / "run") == [10, 12]
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_that_names_it(run: Path, how: str) -> None:
+    damage(run, 12, how)
+    warnings: list[str] = []
+    found = checkpoint.latest(run, warnings.append)
+    assert found is not None and found.state.step == 9
+    [warning] = warnings
+    assert "step-00000012" in warning and "damaged" in warning
+
+
+@pytest.mark.parametrize("byte", range(8))
+def test_no_flipped_bit_of_a_tensor_file_goes_unnoticed(run: Path, byte: int) -> None:
+    """Header, first and last values, anywhere."""
+    [path] = running.checkpoint_folder(run, 12).glob("*.safetensors")
+    flip_a_bit(path, (path.stat().st_size - 1) * byte // 7)
+    with pytest.raises(UserError, match="altered since it was written"):
+        checkpoint.open_checkpoint(path.parent)
+
+
+def test_a_run_resumes_from_the_last_whole_checkpoint_and_ends_the_same(run: Path, tiny_data: Path) -> None:
+    damage(run, 12, "a flipped bit")
+    damage(run, 9, "no manifest")
+    ran = running.command("train", run)
+    assert ran.code == 0 and "going on after step 8" in ran.out, ran.told
+    assert ran.out.count("warning: passing over a damaged checkpoint") == 2
+    running.assert_same_run(running.trained(tiny_data), run)
+
+
+def test_damaged_checkpoints_do_not_push_out_the_whole_ones(tmp_path: Path, tiny_data: Path) -> None:
+    """With keep_last 1: resumed from step 8 as 12 is damaged, the checkpoint of step 9 must outlive that of step 12, or a
+    kill right after it would leave nothing."""
+    options = ("checkpoint={every: 3 steps, keep_last: 1, keep_best: false}", "monitor.validate_every=null")
+    assert train(tmp_path, tiny_data, *options).code == 0
+    run = tmp_path / "run"
+    shutil.copytree(running.checkpoint_folder(run, 12), tmp_path / "whole")
+    damage(run, 12, "a flipped bit")
+    shutil.rmtree(tmp_path / "again", ignore_errors=True)
+    running.train_killed(tmp_path / "again", tiny_data, *options, fault=partial(running.kill_in_step, 8))
+    assert running.steps_of(tmp_path / "again" / "run") == [6]
+    shutil.move(running.checkpoint_folder(run, 12), running.checkpoint_folder(tmp_path / "again" / "run", 12))
+    running.killed("train", tmp_path / "again" / "run", fault=partial(running.kill_in_step, 5))
+    assert running.steps_of(tmp_path / "again" / "run") == [9]
+    assert running.command("train", tmp_path / "again" / "run").code == 0
+    running.assert_same_run(_with(run, tmp_path / "whole"), tmp_path / "again" / "run")
+
+
+def _with(run: Path, whole: Path) -> Path:
+    """The run with its last checkpoint put back."""
+    shutil.copytree(whole, running.checkpoint_folder(run, 12))
+    return run
+
+
+def test_where_all_are_damaged_nothing_is_resumed_and_nothing_is_lost(run: Path) -> None:
+    for step, how in zip(running.steps_of(run), DAMAGES, strict=False):
+        damage(run, step, how)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ran = running.command("train", run)
+    assert_refused(ran, "all 6 checkpoints are damaged", str(run))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_prune_leaves_the_newest_up_to_the_step_and_the_kept(tmp_path: Path) -> None:
+    """And clears away what is half written, half removed, or beyond; other files stay."""
+    for name in ("step-00000002", "step-00000004", "step-00000006", "step-00000008", "step-00000099"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    (tmp_path / "checkpoints" / ".step-00000007.partial").mkdir()
+    (tmp_path / "checkpoints" / "notes.txt").touch()
+    checkpoint.prune(tmp_path, 8, 2, [2])
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["notes.txt", "step-00000002", "step-00000006", "step-00000008"]
+
+
+# -- a disk that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 4 MiB where mounting is permitted; a plain folder elsewhere."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    mounted = subprocess.run(["mount", *options], stderr=subprocess.DEVNULL).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_before_save(count: int, disk: str, left: int) -> None:
+    """Before the count-th save, leave so many bytes on the disk; without a disk of its own, limit the size of files."""
+
+    def fill(*_: object) -> None:
+        if not os.path.ismount(disk):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max(left, 100_000), resource.RLIM_INFINITY))
+            return
+        free = shutil.disk_usage(disk).free - left
+        Path(disk, "filler").write_bytes(bytes(free))
+
+    running._on_call(checkpoint, "save", count, fill)
+
+
+@pytest.mark.parametrize("left", [150_000, 0], ids=["half of it fits", "nothing fits"])
+def test_a_disk_that_fills_during_a_save_costs_nothing_that_was_saved(
+    small_disk: Path, tmp_path: Path, tiny_data: Path, left: int
+) -> None:
+    run = small_disk / "run"
+    options = (f"run.dir={run}", "monitor.tensorboard=true")
+    fault = partial(fill_before_save, 3, str(small_disk), left)
+    ran = train(tmp_path, tiny_data, *options, fault=fault)
+    assert_refused(ran, "the checkpoint of step 6 could not be written", "the last good one is step 4", "Free space")
+    assert f"python -m pretrain train {run}" in ran.err
+    assert running.steps_of(run) == [3, 4]
+    assert not list((run / "checkpoints").glob(".*")), "a partial folder stayed"
+    (small_disk / "filler").unlink(missing_ok=True)
+    again = running.command("train", run)
+    assert again.code == 0 and "going on after step 4" in again.out, again.told
+    assert train(tmp_path / "whole", tiny_data, "monitor.tensorboard=true").code == 0
+    running.assert_same_run(tmp_path / "whole" / "run", run)
+
+
+def fill_before_events(count: int, disk: str) -> None:
+    """The same before the count-th scalars for TensorBoard, whose writer is a thread of its own."""
+    from pretrain.board import Board
+
+    def fill(*_: object) -> None:
+        [events] = Path(disk, "run", "tensorboard").iterdir()
+        if not os.path.ismount(disk):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size, resource.RLIM_INFINITY))
+            return
+        with open(Path(disk, "filler"), "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    running._on_call(Board, "scalars", count, fill)
+
+
+def test_a_disk_that_fills_for_tensorboard_is_told_once(small_disk: Path, tmp_path: Path, tiny_data: Path) -> None:
+    """Its thread's own traceback is not shown beside the message, whoever sees the failure first."""
+    options = (f"run.dir={small_disk / 'run'}", "monitor.tensorboard=true")
+    for count in (1, 3, 7):
+        shutil.rmtree(small_disk / "run", ignore_errors=True)
+        (small_disk / "filler").unlink(missing_ok=True)
+        ran = train(tmp_path, tiny_data, *options, fault=partial(fill_before_events, count, str(small_disk)))
+        assert_refused(ran, "could not be written", "Free space and start again")
+
+
+def metrics_to_a_full_disk(step: int) -> None:
+    """From this step on the file of metrics finds no space: /dev/full refuses every write, as the kernel does then."""
+    from pretrain.metrics import Metrics
+
+    def replace(metrics: Metrics, fields: dict[str, object]) -> None:
+        metrics._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+
+    running._on_call(Metrics, "write", step, replace)
+
+
+def test_a_disk_that_fills_during_a_report_is_told_and_the_run_goes_on_later(tmp_path: Path, tiny_data: Path) -> None:
+    """The 8th report is of step 6: validations at 0 and 4 came before."""
+    ran = train(tmp_path, tiny_data, fault=partial(metrics_to_a_full_disk, 8))
+    assert_refused(ran, "the report of step 6 could not be written", "No space left", "the last good one is step 4")
+    assert train(tmp_path, tiny_data).code == 0
+    assert train(tmp_path / "whole", tiny_data).code == 0
+    running.assert_same_run(tmp_path / "whole" / "run", tmp_path / "run")
+
+
+def fail_on_rank(rank: int, what: str) -> None:
+    """The disk of one rank's host fails at the second save, for the tensors or (rank 0's) the manifest."""
+    from pretrain import checkpoint as checkpoints
+    from pretrain import storage
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if int(os.environ["RANK"]) == rank:
+        owner, name = (storage._HashedStream, "write") if what == "tensors" else (checkpoints, what)
+        running._on_call(owner, name, 2, fail)
+
+
+@pytest.mark.parametrize(("rank", "what"), [(1, "tensors"), (0, "_write_manifest"), (0, "_put_in_place")])
+def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
+    tmp_path: Path, tiny_data: Path, rank: int, what: str
+) -> None:
+    """No rank is left waiting for another: the command returns, and so does every rank, with exit code 2."""
+    from tests.distributed import run_ranks
+    from tests.training import write_config
+
+    config = write_config(tmp_path, tiny_data)
+    arguments = ["train", str(config), *running.SHORT, "batch.micro_size=1"]
+    for ran in run_ranks(2, running._main, arguments, partial(fail_on_rank, rank, what), timeout=60):
+        assert_refused(
+            ran, "the checkpoint of step 4 could not be written", "No space left", "the last good one is step 3"
+        )
+    assert running.steps_of(tmp_path / "run") == [3]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def interrupt_in_write() -> None:
+    """A second Ctrl-C, or a fault of our own, while tensors are written."""
+    from pretrain import storage
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    running._on_call(storage._HashedStream, "write", 2, interrupt)
+
+
+def test_a_ctrl_c_while_tensors_are_written_is_not_called_a_full_disk(tmp_path: Path, tiny_data: Path) -> None:
+    ran = train(tmp_path, tiny_data, fault=interrupt_in_write)
+    assert ran.code == 130 and "could not be written" not in ran.err, ran.told
+    assert running.steps_of(tmp_path / "run") == [3]
