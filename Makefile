@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SHARDS := shards/train/manifest.json
 
-.PHONY: help setup demo demo-parallel test check bench clean
+.PHONY: help setup demo demo-parallel test check bench matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
 	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
 	@echo "make check          style, types, and the direction of imports"
+	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
 	@echo "make bench          measure what the README claims"
 	@echo "make clean          remove caches and build leftovers (not .venv, shards/ and runs/)"
 
@@ -59,6 +60,9 @@ check: $(STAMP)
 bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/stream.py
+
+matrix: $(STAMP)
+	$(BIN)/python -m tests.matrix
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,7 +48,7 @@ def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_layout_that_does_not_divide_is_told_with_all_that_is_wrong(config: Path, tmp_path: Path) -> None:
     ran = real("train", config, "parallel.tensor=3", "parallel.pipeline=5", "batch.micro_size=3", "parallel.zero=2")
     words = ("parallel.tensor: 3 does not divide model.num_heads 4", "the nearest that works: 2", "parallel.pipeline")
-    assert_refused(ran, *words, "parallel.zero: ZeRO stage 2", "does not divide the 1 processes")
+    assert_refused(ran, *words, "parallel.zero: stage 2 shares out gradients", "does not divide the 1 processes")
     assert not (tmp_path / "run").exists()
 
 
