@@ -21,7 +21,7 @@ BOARD = "monitor.tensorboard=true"
 def uninterrupted(shards: Path, *overrides: str) -> Path:
     """A run to compare with, made once."""
     folder = shards.parent / f"uninterrupted-{abs(hash(overrides))}"
-    ran = train(folder, shards, BOARD, *overrides)
+    ran = train(folder, shards, BOARD, *overrides, timeout=240)
     assert ran.code == 0, ran.told
     return folder / "run"
 
@@ -42,7 +42,7 @@ def test_a_compiled_run_killed_in_a_step_goes_on_bitwise(tmp_path: Path, tiny_da
     """torch.compile makes the same code again, whatever batch size or validation the process began with."""
     options = ("precision.compile=always", "model.num_layers=1", "model.dropout=0.0")
     train_killed(tmp_path, tiny_data, BOARD, *options, fault=partial(running.kill_in_step, 6), timeout=240)
-    ran = train(tmp_path, tiny_data, BOARD, *options)
+    ran = train(tmp_path, tiny_data, BOARD, *options, timeout=240)
     assert ran.code == 0 and "going on after step 4" in ran.out and ", compiled," in ran.out, ran.told
     assert_same_run(uninterrupted(tiny_data, *options), tmp_path / "run")
 

@@ -50,7 +50,7 @@ def preparing(large: Path, model_file: Path, out: Path) -> Iterator[subprocess.P
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(done: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 30) -> None:
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 90) -> None:
     """Look until it is so. A process that is waited for must be running all the while."""
     end = time.monotonic() + seconds
     while not done():
@@ -77,7 +77,7 @@ def test_killed_in_the_middle_it_leaves_no_folder_and_the_next_start_says_so_and
     out = tmp_path / "shards"
     with preparing(large, model_file, out) as process:
         process.kill()
-        process.communicate(timeout=30)  # its output ends when the tokenizing processes have ended too
+        process.communicate(timeout=90)  # its output ends when the tokenizing processes have ended too
         assert not out.exists()
         wait_for(lambda: group_is_gone(process.pid))  # the tokenizing processes end by themselves
     result = run_python(["pretrain", "prepare", large, "--out", out, "--tokenizer", model_file, "--validation", "0"])
@@ -97,7 +97,7 @@ def test_while_one_prepares_a_second_is_refused_and_ctrl_c_leaves_nothing(
         assert in_the_middle(out)()
         os.killpg(process.pid, signal.SIGCONT)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
-        errors = process.communicate(timeout=30)[1]
+        errors = process.communicate(timeout=90)[1]
     assert second.returncode == 2
     assert second.stderr == f"error: Another process is preparing {out} right now.\n"
     assert (process.returncode, errors.splitlines()[-1]) == (130, "interrupted")
