@@ -54,4 +54,4 @@ def test_the_data_has_uneven_targets(matrix: Matrix) -> None:
 
     stream = Stream([matrix.folder / "shards" / "train"], 32, seed=1)
     ends = (stream.read(np.arange(64))[:, :-1] == stream.eos).sum(axis=1)
-    assert len(set(ends.tolist())) > 2 and (ends > 0).mean() > 0.3
+    assert 0.2 < (ends > 0).mean() < 0.8
