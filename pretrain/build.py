@@ -109,7 +109,7 @@ def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
     if wish == "never":
         return False, "eager (precision.compile: never)"
     if wish == "auto" and (grid.layout.tensor > 1 or grid.layout.context > 1):
-        return False, "eager (tensor and context parallelism's collectives would break the graph)"
+        return False, "eager (tensor parallelism's or context parallelism's collectives would break the graph)"
     if wish == "auto" and grid.layout.zero == 3:
         return False, "eager (ZeRO-3 gathers weights between the layers, which would break the graph)"
     if grid.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):

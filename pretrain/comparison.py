@@ -2,7 +2,7 @@
 
 Loss and gradient norm are compared relatively; a gradient's difference is measured by its norm, or by a thousandth of the
 global one where that is more; weights' by their norm, or by 0.02 an element. TOLERANCE of that is the same still. Adam
-turns rounding into more: an element whose gradient is hardly more than rounding gets an update of full size. So a step may
+turns rounding into more: an element whose gradient is hardly more than rounding gets an update of full size. So layouts may
 also differ by twice what one process differs by from itself when only its micro-batch size changes (`spread`). A parameter
 whose gradient is nothing but rounding (key biases without rotary positions: its true gradient is zero) is below the floor
 of gradients, and its weights are left out.
@@ -88,31 +88,27 @@ def differences(one: Trace, other: Trace) -> Differences:
     )
 
 
-def spread(one: Trace, others: Sequence[Trace], tensor: int = 1) -> list[Allowed]:
-    """For each step, what runs that ought to be the same have differed by so far, twice; at least TOLERANCE.
+def spread(one: Trace, others: Sequence[Trace], tensor: int = 1) -> Allowed:
+    """Twice the most that runs which ought to be the same differ by, at any step; at least TOLERANCE.
 
     Tensor parallelism (`tensor` ranks) rounds each rank's part of a product before the sum, which no micro-batch size
     does: four times. And twice that again for single tensors, whose errors do not average out.
     """
     times = 4 if tensor > 1 else 2
-    found = [differences(one, other) for other in others]
-    allowed = [Allowed()] if found else [Allowed()] * len(one.losses)
-    weight = max((value for d in found for value in d.weights.values()), default=0.0)
-    for step in range(len(one.losses) if found else 0):
-        loss = max(d.losses[step] for d in found)
-        norm = max(d.norms[step] for d in found)
-        gradient = max(value for d in found for value in d.gradients[step].values())
-        now = (times * loss, times * norm, 2 * times * gradient, 2 * times * weight)
-        allowed.append(Allowed(*map(max, allowed[-1], now)))
-    return allowed[1:] if found else allowed
+    worst = [compare("", 1, one, other, Allowed()) for other in others]
+    found = [
+        max((scale * getattr(c, name) for c in worst), default=0.0)
+        for name, scale in (("loss", times), ("grad_norm", times), ("gradient", 2 * times), ("weight", 2 * times))
+    ]
+    return Allowed(*(max(TOLERANCE, value) for value in found))
 
 
-def compare(layout: str, processes: int, one: Trace, other: Trace, allowed: Sequence[Allowed]) -> Comparison:
-    """other against one process; allowed: at each step."""
+def compare(layout: str, processes: int, one: Trace, other: Trace, allowed: Allowed) -> Comparison:
+    """other against one process."""
     found = differences(one, other)
     steps = range(len(found.losses))
-    faults = [(step + 1, *_fault_of_step(found, step, allowed[step])) for step in steps]
-    faults.append((len(steps), *_fault_of_tensors(found.weights, allowed[-1].weight, "final weights")))
+    faults = [(step + 1, *_fault_of_step(found, step, allowed)) for step in steps]
+    faults.append((len(steps), *_fault_of_tensors(found.weights, allowed.weight, "final weights")))
     step, what, names = next((fault for fault in faults if fault[1]), (None, "", ()))
     largest = max(itertools.chain(*(gradients.values() for gradients in found.gradients)), default=0.0)
     heaviest = max(found.weights.values(), default=0.0)

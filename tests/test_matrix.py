@@ -8,8 +8,8 @@ import pytest
 
 from tests.matrix import AXES, MOST_PROCESSES, SEED, Combination, Matrix, accepted, covering, each_layout, write_shards
 
-STEPS = 6  # past the batch ramp's step, with one checkpointed moment of Adam behind it
-MORE = 4  # drawn from all that remain
+STEPS = 5  # past the step at which the batch ramp grows
+MORE = 2  # drawn from all that remain
 
 
 def combinations() -> list[Combination]:

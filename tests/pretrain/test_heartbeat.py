@@ -84,7 +84,7 @@ def _arrange(fault: str) -> None:
     if fault == "raise in save":
         _on_call(checkpoint, "save", 1, _raise)
     if fault == "wait for data":
-        _on_call(Stream, "read", 5, lambda: threading.Event().wait(60))
+        _on_call(Stream, "gather", 5, lambda: threading.Event().wait(60))
     _on_call(Heartbeat, "start", 1, lambda beating: STARTED.append(beating))
 
 
