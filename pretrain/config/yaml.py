@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+MAX_DEPTH = 32  # no configuration is half as deep; Python's own limit depends on who calls
 MAX_BYTES = 1 << 16  # read in under a second
 CORE = {  # tag, pattern, first characters (YAML 1.2, section 10.3.2)
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -28,17 +29,21 @@ for _tag, (_pattern, _starts) in CORE.items():
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = RESOLVERS
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
-        wrong = ""
+        wrong = "" if self.depth < MAX_DEPTH else "nested too deeply"
         if isinstance(event, yaml.AliasEvent):  # a few lines of these could stand for gigabytes
             wrong = f"*{event.anchor} stands for another value: write that out"
         elif event.tag is not None:
             wrong = f"{event.tag} is a tag, and values have none here: remove it"
         if wrong:
             raise yaml.composer.ComposerError(None, None, wrong, event.start_mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -103,8 +108,6 @@ def parse(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{where}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def dump(value: Any) -> str:
