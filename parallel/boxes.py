@@ -6,6 +6,8 @@ parameter and neighbour. So every rank writes whole rows of its own share and no
 
     flat share:     ....|aaaaaaaaaaaa|bbbbbbbbbb|....
     rows:       |....aaa|aaaaaa|aaabbb|bbbbbb|b....|      rank a writes rows 2 and 3, b sends it the end of row 3
+
+Boxes are copies in host memory, so that training may go on while they are written.
 """
 
 from __future__ import annotations
@@ -53,11 +55,40 @@ def boxes_of_rows(path: str, parameter: nn.Parameter, first: int, values: dict[s
             yield Box(canonical(path, piece), kind, piece.shape, offset, rows[begin - first : end - first])
 
 
-def held_boxes(engine: Engine, grid: Grid) -> list[Box]:
-    """Copies of what this rank writes. Over all ranks the boxes tile every logical tensor exactly once. Collective."""
+class HostMemory:
+    """Host memory for one copy of what a rank writes (its share, float32). It lives on from copy to copy: getting fresh
+    pages takes three times as long as filling them."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
+
+    @torch.no_grad()
+    def copy(self, tensors: list[list[Tensor]]) -> list[Tensor]:
+        """Each list of flat tensors in one, in this memory; the copies before are gone then."""
+        sizes = [sum(part.numel() for part in parts) for parts in tensors]
+        if self.flat.numel() < sum(sizes):
+            self.flat = torch.empty(sum(sizes), pin_memory=torch.cuda.is_available())
+        copies = list(self.flat[: sum(sizes)].split(sizes))
+        for parts, whole in zip(tensors, copies, strict=True):
+            for part, target in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
+                target.copy_(part, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+
+def held_boxes(engine: Engine, grid: Grid, host: HostMemory | None = None) -> list[Box]:
+    """What this rank writes, copied to `host`. Over all ranks the boxes tile every logical tensor exactly once.
+    Collective."""
     shares = [share for share in engine.shares() if counts_once(share.parameter, grid.tensor.rank)]
-    rows = _replicated_rows(shares, grid) if engine.replicated else _sharded_rows(shares, grid)
-    return [box for share, first, values in rows for box in boxes_of_rows(share.path, share.parameter, first, values)]
+    rows = list(_replicated_rows(shares, grid) if engine.replicated else _sharded_rows(shares, grid))
+    copies = iter((host or HostMemory()).copy([parts for _, _, kinds in rows for parts in kinds.values()]))
+    boxes: list[Box] = []
+    for share, first, kinds in rows:
+        length = share.parameter.local_shape[1:]  # type: ignore[attr-defined]
+        values = {kind: next(copies).view(-1, *length) for kind in kinds}
+        boxes += boxes_of_rows(share.path, share.parameter, first, values)
+    return boxes
 
 
 def whole_tensors(engine: Engine, grid: Grid) -> dict[str, dict[str, Tensor]]:
@@ -76,19 +107,15 @@ def whole_tensors(engine: Engine, grid: Grid) -> dict[str, dict[str, Tensor]]:
         kinds = whole.setdefault(box.name, {})
         tensor = kinds.setdefault(box.kind, torch.full(box.shape, torch.nan))
         place = tuple(slice(first, first + n) for first, n in zip(box.offset, box.values.shape, strict=True))
-        tensor[place] = box.values.cpu()
+        tensor[place] = box.values
     return whole
 
 
-Rows = tuple[Share, int, dict[str, Tensor]]
+Rows = tuple[Share, int, dict[str, list[Tensor]]]  # first row, and of each kind the rows' numbers in flat parts
 
 
 def _kinds(share: Share) -> dict[str, Tensor]:
     return {"weight": share.master, **share.moments}
-
-
-def _shape(parameter: Any, rows: int) -> tuple[int, ...]:
-    return (rows, *parameter.local_shape[1:])
 
 
 def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
@@ -97,9 +124,9 @@ def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
         total = share.parameter.local_shape[0]  # type: ignore[attr-defined]
         first, end = (total * r // grid.replica_size for r in (grid.replica_rank, grid.replica_rank + 1))
         if first < end:
-            shape, length = _shape(share.parameter, end - first), row_length(share.parameter)
+            length = row_length(share.parameter)
             part = slice(first * length, end * length)
-            yield share, first, {kind: flat[part].clone().view(shape) for kind, flat in _kinds(share).items()}
+            yield share, first, {kind: [flat[part]] for kind, flat in _kinds(share).items()}
 
 
 def _sharded_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
@@ -109,16 +136,8 @@ def _sharded_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
         first, end = -(-share.start // length), -(-(share.start + share.numel) // length)
         if first >= end:
             continue  # less than a row, which begins with an earlier rank
-        shape = _shape(share.parameter, end - first)
         own = slice(first * length - share.start, None)
-        yield (
-            share,
-            first,
-            {
-                kind: torch.cat([flat[own], *ends.get((share.path, kind), [])]).view(shape)
-                for kind, flat in _kinds(share).items()
-            },
-        )
+        yield share, first, {k: [flat[own], *ends.get((share.path, k), [])] for k, flat in _kinds(share).items()}
 
 
 def _exchange_row_ends(shares: list[Share], grid: Grid) -> dict[tuple[str, str], list[Tensor]]:

@@ -74,6 +74,13 @@ class Grid:
             dist.broadcast_object_list(held)
         return held[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:

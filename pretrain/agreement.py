@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from parallel.grid import Grid
 from pretrain.config.run import Config
 from pretrain.data.manifest import canonical
@@ -38,10 +36,10 @@ def check(config: Config, sources: Sources, grid: Grid) -> None:
     if grid.world == 1:
         return
     ours = facts(config, sources)
-    if len(set(_gather(hashlib.sha256(canonical(ours)).hexdigest(), grid))) == 1:
+    if len(set(grid.from_all(hashlib.sha256(canonical(ours)).hexdigest()))) == 1:
         return
-    everyone = _gather(ours, grid)
-    hosts = _gather(platform.node(), grid)
+    everyone = grid.from_all(ours)
+    hosts = grid.from_all(platform.node())
     with contextlib.suppress(RuntimeError):  # so that none leaves while another still reads from it
         grid.wait()
     differing, message = told(everyone, hosts)
@@ -123,9 +121,3 @@ def _holders(values: Sequence[str], ranks: Iterable[int]) -> str:
     return ", ".join(
         f"{value} on rank{'s' if len(held) > 1 else ''} {', '.join(held)}" for value, held in by_value.items()
     )
-
-
-def _gather(value: Any, grid: Grid) -> list[Any]:
-    values: list[Any] = [None] * grid.world
-    dist.all_gather_object(values, value)
-    return values

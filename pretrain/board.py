@@ -1,9 +1,10 @@
-"""TensorBoard files of a run: scalars in five groups, text by the model, the config, and hyperparameters.
+"""TensorBoard files of a run: scalars in six groups, text by the model, the config, and hyperparameters.
 
 train/       loss, grad_norm, learning_rate, batch_size
 speed/       tokens_per_second, step_seconds, mfu where the device's peak is known
 memory/      gibibytes
 data/        wait_seconds a step, epochs
+checkpoint/  stall_seconds, write_seconds
 validation/  loss, bits_per_byte
 """
 
@@ -32,6 +33,8 @@ GROUPS = {
     "mfu": "speed/mfu",
     "data_seconds": "data/wait_seconds",
     "epochs": "data/epochs",
+    "checkpoint_stall_seconds": "checkpoint/stall_seconds",
+    "checkpoint_write_seconds": "checkpoint/write_seconds",
     "validation_loss": METRIC,
     "bits_per_byte": "validation/bits_per_byte",
 }

@@ -1,36 +1,31 @@
-"""Checkpoints: logical tensors and the few numbers that a run needs to go on, without a trace of the layout.
+"""Checkpoints, found and loaded: logical tensors and the few numbers that a run needs to go on, without a trace of the
+layout that wrote them.
 
     RUN/checkpoints/step-00000500/
-        manifest.json                                 written last; what lies where, SHA-256 of each file, the state
-        shard-00001-model-00001-of-00001.safetensors  rank 0's boxes of weights (float32 masters) and moments
+        manifest.json                what lies where, SHA-256 of each file, the state
+        rank-00000-000.safetensors   rank 0's boxes of weights (float32 masters) and moments, a gigabyte a file
 
-A checkpoint is written beside its place and renamed when everything is on the disk, so a folder with its final name is
-whole. One that was damaged since is passed over on load, with a warning that names it.
+A folder of that name is whole (`pretrain.saving`). One that was damaged since is passed over with a warning that names it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.boxes import held_boxes, local_boxes, row_length, wanted_rows
+from parallel.boxes import local_boxes, row_length, wanted_rows
 from parallel.engine import MOMENTS, Engine
 from parallel.grid import Grid
 from parallel.logical import Piece
 from pretrain.errors import UserError
-from pretrain.opening import FORMAT, MANIFEST, Checkpoint, State, folder_of, open_checkpoint
-from pretrain.storage import Wanted, read_boxes, tensor_name, write_boxes
+from pretrain.opening import Checkpoint, State, folder_of, open_checkpoint
+from pretrain.storage import Wanted, read_boxes, tensor_name
 
 __all__ = ["Checkpoint", "State", "folder_of", "open_checkpoint"]
 
@@ -38,107 +33,6 @@ _NAME = re.compile(r"step-(\d{8})")
 MOMENT_PREFIXES = tuple(tensor_name("", kind) for kind in MOMENTS)
 
 log = logging.getLogger(__name__)
-
-
-# -- saving --------------------------------------------------------------------------------------------------------
-
-
-def save(run: Path, state: State, engine: Engine, grid: Grid, about: dict[str, Any]) -> Path:
-    """Write a checkpoint; whole or not at all. Collective. Raises OSError where the disk fails, on every rank."""
-    final = folder_of(run, state.step)
-    working = _hidden(final)
-
-    def begin() -> None:
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
-
-    def finish() -> None:
-        _write_manifest(working, state, gathered, about)
-        _put_in_place(working, final)
-
-    try:
-        _on_first(grid, begin)
-        gathered = _gather(write_boxes(held_boxes(engine, grid), working), grid)
-        _on_first(grid, finish)
-    except OSError:
-        if grid.rank == 0:
-            shutil.rmtree(working, ignore_errors=True)
-        raise
-    return final
-
-
-def _hidden(folder: Path) -> Path:
-    """Where a checkpoint lies while it is written or removed."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _on_first(grid: Grid, action: Callable[[], None]) -> None:
-    """Do it on rank 0; every rank waits for it, and an OSError there is raised on every rank."""
-    failed: OSError | None = None
-    if grid.rank == 0:
-        try:
-            action()
-        except OSError as error:
-            failed = error
-    failed = grid.from_first(failed)
-    if failed is not None:
-        raise failed
-
-
-def _write_manifest(folder: Path, state: State, gathered: list[Any], about: dict[str, Any]) -> None:
-    manifest = {
-        "format": FORMAT,
-        "state": asdict(state),
-        "about": about,
-        "files": {name: info for _, files in gathered for name, info in sorted(files.items())},
-        "boxes": [list(asdict(entry).values()) for entries, _ in gathered for entry in entries],
-    }
-    with open(folder / MANIFEST, "w") as stream:
-        json.dump(manifest, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _put_in_place(working: Path, final: Path) -> None:
-    _sync_folder(working)
-    if final.exists():  # a run that was sent back and came here again
-        shutil.rmtree(final)
-    os.rename(working, final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def prune(run: Path, step: int, keep_last: int, keep: Iterable[int]) -> None:
-    """Leave the last `keep_last` checkpoints up to that of `step`, which was just written, and those of the steps in
-    `keep`. Call it on one rank; raises OSError.
-
-    Later ones were damaged, or the run would have gone on from them: as they count for the newest, they must go. So does
-    what a killed process left half written or half removed.
-    """
-    for left in (run / "checkpoints").glob(".step-*.partial"):
-        shutil.rmtree(left)
-    steps = list_steps(run)
-    keeping = {*[known for known in steps if known <= step][-keep_last:], *keep}
-    for known in steps:
-        if known not in keeping:
-            folder = folder_of(run, known)
-            os.rename(folder, _hidden(folder))
-            shutil.rmtree(_hidden(folder))
-
-
-def _gather(value: Any, grid: Grid) -> list[Any]:
-    values: list[Any] = [None] * grid.world
-    if grid.world == 1:
-        return [value]
-    dist.all_gather_object(values, value)
-    return values
 
 
 # -- finding -------------------------------------------------------------------------------------------------------
@@ -185,8 +79,9 @@ def latest_everywhere(run: Path, grid: Grid, warn: Callable[[str], None] = log.w
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Weights and moments into the engine's shares, whatever layout wrote them. Collective."""
+def load_engine(checkpoint: Checkpoint, engine: Engine, grid: Grid) -> None:
+    """Weights and moments into the engine's shares, whatever layout wrote them. Each rank reads what it needs.
+    Collective; raises UserError on every rank where some cannot read."""
     shares = list(engine.shares())
     wanted, copies = [], []
     for share in shares:
@@ -196,7 +91,13 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
             rows = torch.zeros(shape, dtype=torch.float32)
             wanted += _wanted(share.path, share.parameter, first, end, kind, rows)
             copies.append((share, first, flat, rows))
-    _read(checkpoint, wanted)
+    problem: UserError | None = None
+    try:
+        _read(checkpoint, wanted)
+    except UserError as error:
+        problem = error
+    if problems := [found for found in grid.from_all(problem) if found is not None]:
+        raise problems[0]
     with torch.no_grad():
         for share, first, flat, rows in copies:
             begin = share.start - first * row_length(share.parameter)

@@ -24,6 +24,7 @@ from pretrain.checkpoint import State
 from pretrain.config.run import Config
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.metrics import Metrics, finite, read_metrics
+from pretrain.saving import Saved
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
 
@@ -73,7 +74,8 @@ class Silent:
     def flush(self) -> None:
         """Bring to the disk what was reported so far."""
 
-    def saved(self, step: int, seconds: float) -> None: ...
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is on the disk."""
 
     def over(self, state: State, reason: str) -> None:
         """In place of `begin` and `end`, for a run that had ended before."""
@@ -123,6 +125,7 @@ class Reporter(Silent):
         self.rates = Rates()
         self.session, self.trained, self.trained_seconds = time.perf_counter(), 0, 0.0
         self.latest: dict[str, float] = {}
+        self.saves: dict[str, float] = {}  # times of the last save, until they are logged
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
         self.flops = flops_per_token(config.model, facts.vocab_size, config.data.seq_length)
         self.peak = peak * grid.world if peak else None
@@ -168,7 +171,8 @@ class Reporter(Silent):
     def log(self, **fields: Any) -> None:
         assert self.metrics is not None
         rates = self.rates.fields()
-        fields |= {**rates, "memory_bytes": self._memory()}
+        fields |= {**rates, **self.saves, "memory_bytes": self._memory()}
+        self.saves = {}
         if rates and self.peak:
             fields["mfu"] = rates["tokens_per_second"] * self.flops / self.peak
         self.trained += self.rates.tokens
@@ -222,8 +226,15 @@ class Reporter(Silent):
                 f'  python -m pretrain train {self.folder} "schedule.total={2 * state.step} steps"',
             )
 
-    def saved(self, step: int, seconds: float) -> None:
-        self.terminal.say(f"step {step:,}: saved in {seconds:.1f} s")
+    def saved(self, saved: Saved) -> None:
+        times = f"stood still {saved.stall_seconds:.2f} s, written in {saved.write_seconds:.1f} s"
+        self.terminal.say(f"step {saved.step:,}: saved ({saved.bytes / 1e6:,.0f} MB, {times})")
+        if saved.unremoved:
+            self.warn(f"an old checkpoint cannot be removed: {saved.unremoved}")
+        self.saves = {
+            "checkpoint_stall_seconds": saved.stall_seconds,
+            "checkpoint_write_seconds": saved.write_seconds,
+        }
 
     def end(self, state: State, reason: str) -> None:
         speed = self.trained / self.trained_seconds if self.trained_seconds else None
@@ -241,6 +252,7 @@ class Reporter(Silent):
             "best_step": state.best_step,
             "tokens_per_second": speed,
             "session_seconds": time.perf_counter() - self.session,
+            **self.saves,
         }
         partial = self.folder / f".{SUMMARY}.partial"
         partial.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")

@@ -1,27 +1,35 @@
-"""Boxes of logical tensors to and from safetensors files, through torch.distributed.checkpoint.
+"""Boxes of logical tensors to and from safetensors files.
 
-Writing: each rank writes its own boxes into its own files, each at most a gigabyte (they are built in memory), hashed as
-they are written. Reading: what lies where comes from the checkpoint's manifest, so only files with wanted boxes are
-opened, and nothing is unpickled.
+Writing: each rank writes its own boxes from where they lie in memory into its own files, hashed as they are written.
+Reading, through torch.distributed.checkpoint: what lies where comes from the checkpoint's manifest, so only files with
+wanted boxes are opened, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import json
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+    _HFStorageInfo,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,21 +37,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from parallel.boxes import Box
 
 FILE_BYTES = 2**30
+PIECE_BYTES = 2**24  # hashed and written at a time
 
 
 def tensor_name(name: str, kind: str) -> str:
@@ -65,121 +65,84 @@ class Entry:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-class _SavePlanner(SavePlanner):
-    """Plans this rank's boxes as they are; `tensor -> Box` is unique within a rank."""
+class Written(NamedTuple):
+    """What one rank has written."""
 
-    def __init__(self, boxes: list[Box]) -> None:
-        self.boxes = {(tensor_name(box.name, box.kind), box.offset): box for box in boxes}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([_write_item(tensor, box) for (tensor, _), box in self.boxes.items()])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return all_plans, Metadata(state_dict_metadata={})
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.index.offset is not None
-        return self.boxes[write_item.index.fqn, tuple(write_item.index.offset)].values
+    entries: list[Entry]
+    files: dict[str, dict[str, Any]]  # name -> SHA-256 and bytes
 
 
-def _write_item(tensor: str, box: Box) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(box.offset), box.values.shape)
-    data = TensorWriteData(chunk, TensorProperties(dtype=box.values.dtype), torch.Size(box.shape))
-    return WriteItem(MetadataIndex(tensor, torch.Size(box.offset)), WriteItemType.SHARD, tensor_data=data)
-
-
-class _HashedStream:
-    """A file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self._stream.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class _Writer(HuggingFaceStorageWriter):
-    """Each rank's files cut at FILE_BYTES by its own plan, and hashed."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), save_distributed=True)
-        self.files: dict[str, dict[str, Any]] = {}
-        create_stream = self.fs.create_stream
-
-        @contextmanager
-        def hashed(path: Any, mode: str) -> Iterator[Any]:
-            with create_stream(path, mode) as stream:
-                wrapped = _HashedStream(stream)
-                yield wrapped
-            self.files[Path(path).name] = {"sha256": wrapped.sha256.hexdigest(), "bytes": wrapped.bytes}
-
-        self.fs.create_stream = hashed  # type: ignore[method-assign]
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [
-            dataclasses.replace(plan, storage_data={"shard_index": rank, "fqn_to_index_mapping": _files_of(plan.items)})
-            for rank, plan in enumerate(plans, start=1)
-        ]
-
-
-def _files_of(items: list[WriteItem]) -> dict[str, int]:
-    """tensor -> number of the file it goes to, from 1, filled in order."""
-    files: dict[str, int] = {}
-    number, filled = 1, 0
-    for item in items:
-        assert item.tensor_data is not None
-        size = 4 * item.tensor_data.chunk.sizes.numel()
-        if filled and filled + size > FILE_BYTES:
-            number, filled = number + 1, 0
-        files[item.index.fqn] = number
-        filled += size
-    return files
-
-
-def write_boxes(boxes: list[Box], folder: Path) -> tuple[list[Entry], dict[str, dict[str, Any]]]:
-    """Write this rank's boxes below `folder`, synced to the disk. Collective.
-
-    Returns this rank's entries and its files' hashes and sizes. Raises OSError where the disk fails.
-    """
+def write_boxes(boxes: list[Box], folder: Path, rank: int) -> Written:
+    """Write this rank's boxes below `folder`, synced to the disk. Raises OSError where the disk fails."""
     # Two boxes of one tensor cannot share a file (it has one offset a name): a fused parameter never makes them.
     assert len({(box.name, box.kind) for box in boxes}) == len(boxes), "two boxes of one tensor on one rank"
-    writer = _Writer(folder)
-    try:
-        dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes))
-    except dcp.api.CheckpointException as error:
-        raise _cause(error, OSError) from error
-    where = _file_of_tensors(writer, boxes)
-    entries = [
-        Entry(tensor, box.shape, box.offset, tuple(box.values.shape), where[tensor])
-        for box in boxes
-        for tensor in [tensor_name(box.name, box.kind)]
-    ]
-    return entries, writer.files
+    written = Written([], {})
+    for number, part in enumerate(_parts(boxes)):
+        name = f"rank-{rank:05d}-{number:03d}.safetensors"
+        written.files[name] = _write_file(folder / name, part)
+        for box in part:
+            tensor, size = tensor_name(box.name, box.kind), tuple(box.values.shape)
+            written.entries.append(Entry(tensor, box.shape, box.offset, size, name))
+    return written
 
 
-def _cause(error: dcp.api.CheckpointException, *expected: type[Exception]) -> BaseException:
-    """What to raise for the failures of some ranks: an OSError of them all if each is one of the expected, else the first
-    that is not, such as a Ctrl-C."""
-    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
-    other = [cause for cause in causes.values() if not isinstance(cause, expected)]
-    return other[0] if other else OSError("; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items()))
+def _parts(boxes: list[Box]) -> Iterator[list[Box]]:
+    """What goes to each file, filled in order."""
+    part: list[Box] = []
+    filled = 0
+    for box in boxes:
+        if part and filled + box.values.nbytes > FILE_BYTES:
+            yield part
+            part, filled = [], 0
+        part.append(box)
+        filled += box.values.nbytes
+    if part:
+        yield part
 
 
-def _file_of_tensors(writer: _Writer, boxes: list[Box]) -> dict[str, str]:
-    plan = [_write_item(tensor_name(box.name, box.kind), box) for box in boxes]
-    names = sorted(writer.files)  # numbered, so in order
-    return {tensor: names[number - 1] for tensor, number in _files_of(plan).items()}
+def _write_file(path: Path, boxes: list[Box]) -> dict[str, Any]:
+    """Write, hash and sync at once, each in a thread: one after the other they take twice the disk's time. None of the
+    three holds the interpreter's lock, so the training goes on meanwhile; safetensors' own writer does, for a second a
+    gigabyte and more."""
+    digest, count = hashlib.sha256(), 0
+    syncing: Future[None] | None = None
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer:
+        for piece in _pieces(boxes):
+            hashing = hasher.submit(digest.update, piece)
+            _write_piece(file, piece)
+            count += len(piece)
+            if syncing is None or syncing.done():
+                syncing = syncer.submit(os.fdatasync, file.fileno())
+            hashing.result()
+        assert syncing is not None
+        syncing.result()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": count}
+
+
+def _write_piece(file: FileIO, piece: memoryview) -> None:
+    written = 0
+    while written < len(piece):
+        written += file.write(piece[written:])
+
+
+def _pieces(boxes: list[Box]) -> Iterator[memoryview]:
+    """A safetensors file: the header's length, the header, the numbers (little-endian float32) of each box."""
+    header: dict[str, Any] = {}
+    end = 0
+    for box in boxes:
+        begin, end = end, end + box.values.nbytes
+        place = {"dtype": "F32", "shape": list(box.values.shape), "data_offsets": [begin, end]}
+        header[tensor_name(box.name, box.kind)] = place
+    offsets = {tensor_name(box.name, box.kind): {SAVED_OFFSETS_KEY: box.offset} for box in boxes}
+    # torch.distributed.checkpoint's own reader finds here which part of its tensor each box is.
+    header["__metadata__"] = {DCP_VERSION_KEY: str(HF_DCP_VERSION), CUSTOM_METADATA_KEY: json.dumps(offsets)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for box in boxes:
+        whole = box.values.numpy().data.cast("B")
+        yield from (whole[first : first + PIECE_BYTES] for first in range(0, len(whole), PIECE_BYTES))
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -261,12 +224,12 @@ class _Reader(HuggingFaceStorageReader):
 
 
 def read_boxes(wanted: list[Wanted], folder: Path, entries: list[Entry]) -> None:
-    """Fill every target. Collective where torch.distributed is initialised. Raises OSError where a file cannot be read or
-    does not hold what its entries say."""
+    """Fill every target. Raises OSError where a file cannot be read or does not hold what its entries say."""
     try:
         with warnings.catch_warnings():
-            # That it reads in a single process is just what is wanted there.
+            # That it reads in a single process is just what is wanted: the manifest has told each rank what lies where.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({}, storage_reader=_Reader(folder, entries), planner=_LoadPlanner(wanted))
+            dcp.load({}, storage_reader=_Reader(folder, entries), planner=_LoadPlanner(wanted), no_dist=True)
     except dcp.api.CheckpointException as error:
-        raise _cause(error, OSError, ValueError, SafetensorError) from error
+        [(cause, _)] = error.failures.values()
+        raise OSError(str(cause)) if isinstance(cause, OSError | ValueError | SafetensorError) else cause from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from pretrain.models.gpt import GPT
 from pretrain.objectives.batch import Batch
 from pretrain.objectives.causal import Causal
 from pretrain.report import Facts, Reporter, Silent
+from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.validation import Validation
 
@@ -69,9 +71,10 @@ def train(run: Run) -> str:
         if run.due(run.config.monitor.sample_every):
             run.sample()
         reason = run.ending(data.stop or run.asked_alone)
-        if reason or run.due(run.config.checkpoint.every) or run.is_best:
+        if reason or run.to_be_kept or run.due(run.config.checkpoint.every):
             run.save()
         if reason:
+            run.finish_saving()
             return reason
     return "finished"
 
@@ -89,6 +92,7 @@ class Run:
         self.objective = Causal(config.objective, self.tokenizer.eos, config.run.seed)
         self.built: Built = build(config, grid, config.model.vocab_size or sources.train.vocab_size)
         self.engine = self.built.engine
+        self.saver = Saver(self.folder, grid)
         self.validation = Validation(config, grid, self.objective, sources.validation) if sources.validation else None
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
@@ -120,8 +124,11 @@ class Run:
         ]
         counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_data else 0.0
         self.heartbeat.mark(self.state.step + 1, "count of targets")
-        facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (counted, self.interrupt.asked)])
-        targets, stop = self.grid.total(facts.to(self.grid.device)).tolist()
+        values = (counted, self.interrupt.asked, self.saver.failed)
+        facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
+        targets, stop, failed = self.grid.total(facts.to(self.grid.device)).tolist()
+        if failed:
+            self.finish_saving()  # which raises
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
@@ -164,6 +171,7 @@ class Run:
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
         self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
+        self.tell_saved()
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         self.heartbeat.mark(self.state.step, "report")
@@ -223,9 +231,16 @@ class Run:
         return layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
 
     @property
-    def is_best(self) -> bool:
-        """This step was validated, no step had a better loss, and the best is to be kept."""
-        return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
+    def to_be_kept(self) -> bool:
+        """The checkpoint of this step is one of those to keep: it must be written."""
+        return self.kept(self.state, self.state.step)
+
+    def kept(self, state: State, step: int) -> bool:
+        """Whether, with the run in `state`, a step's checkpoint is kept however old it is: it has the best validation
+        loss, or an interval of `checkpoint.keep_every` ended with it."""
+        settings = self.config.checkpoint
+        best = settings.keep_best and state.best_step == step
+        return best or self.plan.due(settings.keep_every, step - 1, step)
 
     @property
     def asked_alone(self) -> bool:
@@ -244,31 +259,34 @@ class Run:
         return "stopped" if stop else ""
 
     def save(self) -> None:
+        """Begin to save; what is in flight is saved first."""
         self.heartbeat.mark(self.state.step, "save")
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
-        with self.reporter.pause():
-            started = time.perf_counter()
-            self.reporter.flush()  # before there is a checkpoint that says it was reported
-            try:
-                checkpoint.save(
-                    self.folder, self.state, self.engine, self.grid, runs.about(self.grid, self.sources.fingerprint)
-                )
-            except OSError as error:
-                raise self._unwritten(f"the checkpoint of step {self.state.step}", error) from error
-            self._prune()
-        self.reporter.saved(self.state.step, time.perf_counter() - started)
+        about = runs.about(self.grid, self.sources.fingerprint)
+        keep = functools.partial(self.kept, self.state)  # the state as it is now, whenever the thread comes to ask
+        order = Order(self.state, about, self.config.checkpoint.keep_last, keep, self.reporter.flush)
+        with self.reporter.pause(), self.saving():
+            self.saver.save(order, self.engine)
+        self.tell_saved()
 
-    def _prune(self) -> None:
-        if self.grid.rank != 0:
-            return
-        settings, best = self.config.checkpoint, self.state.best_step
+    def finish_saving(self) -> None:
+        self.heartbeat.mark(self.state.step, "end of save")
+        with self.reporter.pause(), self.saving():
+            self.saver.wait()
+        self.tell_saved()
+
+    def tell_saved(self) -> None:
+        while saved := self.saver.take():
+            self.reporter.saved(saved)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """What is waited for inside may find no space."""
         try:
-            checkpoint.prune(
-                self.folder, self.state.step, settings.keep_last, [best] if settings.keep_best and best else []
-            )
+            yield
         except OSError as error:
-            self.reporter.warn(f"an old checkpoint cannot be removed: {error}")
+            raise self._unwritten(f"the checkpoint of step {self.saver.step}", error) from error
 
     def _unwritten(self, what: str, error: OSError) -> UserError:
         steps = checkpoint.list_steps(self.folder)
@@ -298,7 +316,7 @@ class Run:
                     f"{found.folder}: was trained on other data than {', '.join(self.config.data.train_folders)} "
                     "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
                 )
-            checkpoint.load_engine(found, self.engine)
+            checkpoint.load_engine(found, self.engine, self.grid)
             self.state = self.before = found.state
         if self.ending(stop=False):
             return

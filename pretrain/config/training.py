@@ -99,6 +99,9 @@ class CheckpointConfig(Section):
 
     every: Interval = meaning(Span(500, "steps"), "between checkpoints, in steps or tokens")
     keep_last: int = meaning(2, "newest checkpoints that are kept", ge=1)
+    keep_every: Interval | None = meaning(
+        None, "also keep, for ever, the checkpoint where each such interval of steps or tokens ends; null: none"
+    )
     keep_best: bool = meaning(True, "also keep the step with the best validation loss; it is saved when it is found")
 
 

@@ -27,6 +27,7 @@ from pretrain.build import build
 from pretrain.checkpoint import State
 from pretrain.config.run import Config
 from pretrain.models.gpt import GPT
+from pretrain.saving import Order, Saver
 from tests.distributed import run_ranks
 
 VOCABULARY, SEED = 131, 5
@@ -87,11 +88,13 @@ def wander(layout: Layout, compute: str, source: Path | None, target: Path) -> S
     else:
         found = checkpoint.latest_everywhere(source, grid)
         assert found is not None
-        checkpoint.load_engine(found, built.engine)
+        checkpoint.load_engine(found, built.engine, grid)
     for parameter, path in parameter_paths(built.stages).items():
         expected = local_truth(path, parameter, "weight").to(parameter.dtype)
         assert torch.equal(parameter.data, expected), f"{path} computes with other weights than were loaded"
-    checkpoint.save(target, State(step=3, samples=24, updates=2), built.engine, grid, {})
+    saver = Saver(target, grid)
+    saver.save(Order(State(step=3, samples=24, updates=2), {}, 1, lambda step: False, lambda: None), built.engine)
+    saver.wait()
     return Stop(initial, held_boxes(built.engine, grid), built.engine.updates)
 
 

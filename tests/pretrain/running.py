@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,10 @@ from tests.distributed import RankError, run_ranks
 from tests.training import write_config
 
 # Fields of metrics.jsonl that a clock or the machine decides.
-MEASURED = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "mfu")
+MEASURED = (
+    *("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "mfu"),
+    *("checkpoint_stall_seconds", "checkpoint_write_seconds"),
+)
 # A smaller model still, with a batch-size ramp (4, 4, 4, 6, 6, 6, 8, ...), and validations that are quick.
 SHORT = (
     "model.num_layers=2",
@@ -206,13 +210,27 @@ def _die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _die_between_saves(*_: Any) -> None:
+    """What is in flight is written first, so that it is known what is on the disk."""
+    wait_for_saves()
+    _die()
+
+
+def wait_for_saves() -> None:
+    from pretrain.saving import THREAD
+
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
+
+
 def kill_in_step(count: int) -> None:
     """SIGKILL when the gradients of the count-th step are there and the update is not."""
     from parallel.replicated import PlainEngine
     from parallel.sharded import DeepSpeedEngine
 
     for engine in (PlainEngine, DeepSpeedEngine):
-        _on_call(engine, "step", count, _die)
+        _on_call(engine, "step", count, _die_between_saves)
 
 
 def kill_in_step_with_lazy_board(count: int) -> None:
@@ -237,30 +255,30 @@ def kill_in_tensors(count: int) -> None:
     """SIGKILL when half of the count-th file of tensors is written."""
     from pretrain import storage
 
-    def half(stream: Any, data: bytes) -> None:
-        stream._stream.write(data[: len(data) // 2])
-        stream._stream.flush()
+    def half(path: Path, boxes: Any) -> None:
+        content = b"".join(storage._pieces(boxes))
+        path.write_bytes(content[: len(content) // 2])
         _die()
 
-    _on_call(storage._HashedStream, "write", count, half)
+    _on_call(storage, "_write_file", count, half)
 
 
 def kill_in_manifest(count: int) -> None:
     """SIGKILL when half of the count-th manifest is written."""
-    from pretrain import checkpoint
+    from pretrain import saving
 
     def half(folder: Path, *rest: Any) -> None:
         (folder / "manifest.json").write_text('{"format": 1, "state": {"step": ')
         _die()
 
-    _on_call(checkpoint, "_write_manifest", count, half)
+    _on_call(saving, "_write_manifest", count, half)
 
 
 def kill_before_rename(count: int) -> None:
     """SIGKILL when all of the count-th checkpoint is written, but it is not in its place."""
-    from pretrain import checkpoint
+    from pretrain import saving
 
-    _on_call(checkpoint, "_put_in_place", count, _die)
+    _on_call(saving, "_put_in_place", count, _die)
 
 
 def kill_in_removal() -> None:

@@ -17,6 +17,7 @@ TAGS = {
     *("train/loss", "train/grad_norm", "train/learning_rate", "train/batch_size"),
     *("speed/tokens_per_second", "speed/step_seconds", "speed/mfu"),
     *("memory/gibibytes", "data/wait_seconds", "data/epochs"),
+    *("checkpoint/stall_seconds", "checkpoint/write_seconds"),
     *("validation/loss", "validation/bits_per_byte"),
 }
 

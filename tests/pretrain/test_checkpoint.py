@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint
+from pretrain import checkpoint, saving, storage
 from pretrain.errors import UserError
 from tests.pretrain import running
 from tests.pretrain.running import assert_refused, train
@@ -165,7 +165,7 @@ def test_prune_leaves_the_newest_up_to_the_step_and_the_kept(tmp_path: Path) -> 
         (tmp_path / "checkpoints" / name / "manifest.json").touch()
     (tmp_path / "checkpoints" / ".step-00000007.partial").mkdir()
     (tmp_path / "checkpoints" / "notes.txt").touch()
-    checkpoint.prune(tmp_path, 8, 2, [2])
+    saving.prune(tmp_path, 8, 2, lambda step: step == 2)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["notes.txt", "step-00000002", "step-00000006", "step-00000008"]
 
@@ -189,13 +189,14 @@ def fill_before_save(count: int, disk: str, left: int) -> None:
     """Before the count-th save, leave so many bytes on the disk; without a disk of its own, limit the size of files."""
 
     def fill(*_: object) -> None:
+        running.wait_for_saves()
         if not os.path.ismount(disk):
             resource.setrlimit(resource.RLIMIT_FSIZE, (max(left, 100_000), resource.RLIM_INFINITY))
             return
         free = shutil.disk_usage(disk).free - left
         Path(disk, "filler").write_bytes(bytes(free))
 
-    running._on_call(checkpoint, "save", count, fill)
+    running._on_call(saving.Saver, "save", count, fill)
 
 
 @pytest.mark.parametrize("left", [150_000, 0], ids=["half of it fits", "nothing fits"])
@@ -264,18 +265,15 @@ def test_a_disk_that_fills_during_a_report_is_told_and_the_run_goes_on_later(tmp
 
 def fail_on_rank(rank: int, what: str) -> None:
     """The disk of one rank's host fails at the second save, for the tensors or (rank 0's) the manifest."""
-    from pretrain import checkpoint as checkpoints
-    from pretrain import storage
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     if int(os.environ["RANK"]) == rank:
-        owner, name = (storage._HashedStream, "write") if what == "tensors" else (checkpoints, what)
-        running._on_call(owner, name, 2, fail)
+        running._on_call(storage if what == "_write_file" else saving, what, 2, fail)
 
 
-@pytest.mark.parametrize(("rank", "what"), [(1, "tensors"), (0, "_write_manifest"), (0, "_put_in_place")])
+@pytest.mark.parametrize(("rank", "what"), [(1, "_write_file"), (0, "_write_manifest"), (0, "_put_in_place")])
 def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
     tmp_path: Path, tiny_data: Path, rank: int, what: str
 ) -> None:
@@ -293,17 +291,18 @@ def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def interrupt_in_write() -> None:
-    """A second Ctrl-C, or a fault of our own, while tensors are written."""
-    from pretrain import storage
+def fail_in_write() -> None:
+    """A fault of our own while tensors are written."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
 
-    running._on_call(storage._HashedStream, "write", 2, interrupt)
+    running._on_call(storage, "_write_file", 2, fail)
 
 
-def test_a_ctrl_c_while_tensors_are_written_is_not_called_a_full_disk(tmp_path: Path, tiny_data: Path) -> None:
-    ran = train(tmp_path, tiny_data, fault=interrupt_in_write)
-    assert ran.code == 130 and "could not be written" not in ran.err, ran.told
+def test_another_fault_in_the_writing_thread_ends_the_run_and_is_not_called_a_full_disk(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    ran = train(tmp_path, tiny_data, fault=fail_in_write)
+    assert ran.code == 1 and "ZeroDivisionError" in ran.err and "could not be written" not in ran.err, ran.told
     assert running.steps_of(tmp_path / "run") == [3]

@@ -17,6 +17,7 @@ from tests.pretrain import running
 from tests.pretrain.running import train
 
 STEP_FIELDS = {"step", "tokens", "samples", "loss", "grad_norm", "learning_rate", "batch_size", "batch_hash"}
+SAVES = {"checkpoint_stall_seconds", "checkpoint_write_seconds"}
 RATES = {"tokens_per_second", "step_seconds", "data_seconds"}
 VALIDATION_FIELDS = {"step", "tokens", "validation_loss", "bits_per_byte", "validation_targets"}
 SIZES = [4, 4, 4, 6, 6, 6, 8, 8, 8, 8, 8, 8]  # of the ramp in running.SHORT
@@ -36,9 +37,20 @@ def test_every_step_has_the_promised_fields(run: Path, steps: list[dict[str, Any
     """The first step of a process compiles and warms up: it has no rates."""
     assert set(steps[0]) == STEP_FIELDS | {"memory_bytes"}
     for line in steps[1:]:
-        assert set(line) == STEP_FIELDS | RATES | {"memory_bytes", "mfu"}
+        assert set(line) - SAVES == STEP_FIELDS | RATES | {"memory_bytes", "mfu"}
     for line in running.lines_of(run):
         assert "loss" in line or set(line) == VALIDATION_FIELDS
+
+
+def test_a_save_is_told_of_with_its_times_in_the_first_step_after_it(run: Path, steps: list[dict[str, Any]]) -> None:
+    """The last one, of the end, in the summary. The saves of the steps 3 and 4 are behind each other, so that the first
+    is over when the second begins."""
+    told = [line for line in steps if set(line) >= SAVES]
+    assert all(0 < line[name] < 60 for line in told for name in SAVES)
+    assert len(told) == sum(bool(SAVES & set(line)) for line in steps)
+    assert told[0]["step"] in (4, 5) and len(told) >= 3
+    summary = json.loads((run / "summary.json").read_text())
+    assert all(0 < summary[name] < 60 for name in SAVES)
 
 
 def test_steps_samples_and_tokens_are_those_of_the_ramp(steps: list[dict[str, Any]]) -> None:
@@ -92,12 +104,12 @@ def test_mfu_is_the_share_of_the_given_peak(steps: list[dict[str, Any]]) -> None
 def slow_by_the_clock() -> None:
     """By the program's clock every validation and every save takes 100 seconds longer, and every step 20."""
     from parallel.replicated import PlainEngine
-    from pretrain import checkpoint
+    from pretrain.saving import Saver
     from pretrain.validation import Validation
 
     real, ahead = time.perf_counter, [0.0]
     time.perf_counter = lambda: real() + ahead[0]
-    for owner, name, seconds in ((Validation, "run", 100), (checkpoint, "save", 100), (PlainEngine, "step", 20)):
+    for owner, name, seconds in ((Validation, "run", 100), (Saver, "save", 100), (PlainEngine, "step", 20)):
         original = getattr(owner, name)
 
         def call(*args: Any, original: Any = original, seconds: int = seconds) -> Any:

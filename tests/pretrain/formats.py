@@ -1,0 +1,48 @@
+"""Writers of every checkpoint format there was, frozen: what runs of older versions have on their disks must stay readable.
+
+When `pretrain.opening.FORMAT` goes up, add a writer and leave these as they are. They use nothing of the program, so that no
+change of it can change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+Tensors = dict[str, tuple[tuple[int, ...], list[float]]]  # name -> shape and numbers
+STATE = {"step": 3, "samples": 24, "updates": 2, "bad_steps": 1, "best_loss": 3.5, "best_step": 2}
+
+
+def write_format_1(folder: Path, tensors: Tensors) -> None:
+    """Tensors cut after their first row into the files of two ranks, as since the first version. Up to 2026-11 the files
+    had other names and no box's place in the header; readers go by the manifest."""
+    folder.mkdir(parents=True)
+    files, boxes = {}, []
+    for rank in (0, 1):
+        name = f"shard-0000{rank + 1}-model-00001-of-00001.safetensors"
+        header, data = {}, b""
+        for tensor, (shape, values) in sorted(tensors.items()):
+            row = len(values) // shape[0]
+            rows = (0, 1) if rank == 0 else (1, shape[0] - 1)
+            if rows[1] == 0:
+                continue
+            part = values[rows[0] * row : (rows[0] + rows[1]) * row]
+            content = struct.pack(f"<{len(part)}f", *part)
+            size = [rows[1], *shape[1:]]
+            header[tensor] = {"dtype": "F32", "shape": size, "data_offsets": [len(data), len(data) + len(content)]}
+            data += content
+            boxes.append([tensor, list(shape), [rows[0], *[0] * (len(shape) - 1)], size, name])
+        text = json.dumps(header).encode()
+        content = struct.pack("<Q", len(text)) + text + data
+        (folder / name).write_bytes(content)
+        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    state = {**STATE, "validations_since_best": 0}
+    about = {"layout": "dp2, zero 1", "processes": 2, "data": "0123", "versions": {"torch": "2.13.0"}}
+    manifest = {"format": 1, "state": state, "about": about, "files": files, "boxes": boxes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1}
