@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from parallel.layout import Layout
+from parallel.ports import free_port
 from pretrain.config.load import check_layout, load_config
 from pretrain.config.run import Config
 from pretrain.errors import UserError
@@ -83,19 +83,12 @@ def _environments(processes: int) -> list[dict[str, str]]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         # torch's store warns with a stack of C++ frames when rank 0 is gone.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL") or "ERROR",
     }
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _show(command: list[str], environments: list[dict[str, str]], layout: Layout) -> None:

@@ -25,8 +25,10 @@ class AdamWOptions(NamedTuple):
 
 
 class Step(NamedTuple):
-    grad_norm: float  # before clipping; inf or nan where the step was not applied
-    applied: bool
+    """What a step came to, on the device: whoever looks at it waits for the device."""
+
+    grad_norm: Tensor  # (), before clipping; inf or nan where the step was not applied
+    applied: Tensor  # (), bool
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Engine(Protocol):
 
     @property
     def updates(self) -> int:
-        """Applied steps, which AdamW's bias correction counts."""
+        """Applied steps, which AdamW's bias correction counts; read back from the device."""
 
     @updates.setter
     def updates(self, count: int) -> None: ...
@@ -92,6 +94,19 @@ def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.op
     ]
     # fused is 6 to 7 times faster than foreach on a CPU, and one launch on a GPU.
     return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
+
+
+def bound(optimizer: torch.optim.AdamW, norm: Tensor, clip_norm: float) -> Tensor:
+    """Have the optimizer's next step clip by this gradient norm, or change nothing where that is not finite: masters,
+    moments and step counters. Returns whether it is finite, (), bool. Reads nothing back.
+
+    torch's fused step does both in its own pass, by two attributes that were made for loss scaling.
+    """
+    finite = norm.isfinite()
+    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+    if clip_norm > 0:  # gradients are divided by this
+        optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0).to(torch.float32)  # type: ignore[attr-defined]
+    return finite
 
 
 def start_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor] | None = None) -> None:

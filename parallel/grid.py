@@ -33,6 +33,7 @@ class Grid:
     model_group: Any  # tensor x pipeline: the ranks that together hold one copy of the model
     pipeline_group: Any
     embedding_group: Any  # first and last stage, which both hold a tied embedding; None elsewhere
+    host_group: Any = None  # all ranks, for what lies in the hosts' memory; None stands for the world
 
     @property
     def data_size(self) -> int:
@@ -66,6 +67,13 @@ class Grid:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def total_on_host(self, *values: float) -> list[float]:
+        """Sums over all ranks of what each rank's host knows; no device is waited for. Collective."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(numbers, group=self.host_group)
+        return numbers.tolist()
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank; the others' is ignored."""
@@ -154,6 +162,8 @@ def _parallel_grid(layout: Layout, rank: int, world: int, device: torch.device, 
         model_group=state.get_model_parallel_group(),
         pipeline_group=state.get_pipeline_model_parallel_group(),
         embedding_group=state.get_embedding_group() if at_edge else None,
+        # NCCL moves nothing but a GPU's memory.
+        host_group=dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None,
     )
 
 

@@ -35,4 +35,16 @@ def import_deepspeed(cuda: bool) -> Any:
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
         deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    _leave_norms_on_the_device()
     return deepspeed
+
+
+def _leave_norms_on_the_device() -> None:
+    """DeepSpeed 0.19.8 asks at every step whether the gradient norm is finite, and skips the step if not; to ask is to
+    wait for the device. Our optimizer leaves such a step out by itself (`parallel.engine.bound`)."""
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, stage_1_and_2, stage3):
+        assert callable(module.is_invalid_grad_norm)
+        module.is_invalid_grad_norm = lambda norm: False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, start_state
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
 from parallel.gradients import average, global_norm, sum_tied
 from parallel.grid import Grid
 from parallel.stages import Stage, parameter_paths
@@ -48,21 +47,12 @@ class PlainEngine(Counted):
         if self.grid.replica_size > 1:
             average(gradients, self.grid.replica_group)
         norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
-        value = norm.item()
-        applied = math.isfinite(value)
-        if applied:
-            self._update(norm, learning_rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        return Step(value, applied)
-
-    def _update(self, norm: Tensor, learning_rate: float) -> None:
-        if self.options.clip_norm > 0:
-            # torch's fused step divides gradients by this, in its own pass (made for loss scaling)
-            scale = ((norm + 1e-6) / self.options.clip_norm).clamp(min=1.0)
-            self.optimizer.grad_scale = scale.to(torch.float32)  # type: ignore[attr-defined]
+        applied = bound(self.optimizer, norm, self.options.clip_norm)
         self._set_rate(learning_rate)
         self.optimizer.step()
         self.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Step(norm, applied)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -31,8 +31,9 @@ class Schedule:
             for stage in stages:
                 stage.config, stage.model_type = config, _model_type()
 
-    def run(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool = False) -> Tensor:
+    def run(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool = False) -> Tensor:
         """Forward (and backward of loss * scale) over the micro-batches; gradients accumulate in the parameters.
+        scale: a number, or a tensor () on the device.
 
         Returns the float32 sum of the losses over this rank's micro-batches, unscaled, on the ranks of the last stage;
         zero elsewhere. Reads nothing back from the device.
@@ -41,7 +42,7 @@ class Schedule:
             return self._run_alone(batches, scale, forward_only)
         return self._run_pipeline(batches, scale, forward_only)
 
-    def _run_alone(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool) -> Tensor:
+    def _run_alone(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
         total = torch.zeros((), device=self.grid.device)
         for batch in batches:
             with torch.set_grad_enabled(not forward_only):
@@ -51,7 +52,7 @@ class Schedule:
             total += loss.detach()
         return total
 
-    def _run_pipeline(self, batches: Sequence[MicroBatch], scale: float, forward_only: bool) -> Tensor:
+    def _run_pipeline(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         count = len(batches)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import library
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, start_state
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
 from parallel.gradients import sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
@@ -31,7 +31,7 @@ class DeepSpeedEngine(Counted):
 
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         layout = grid.layout
-        self.grid, self.tied, self.stage = grid, tied, layout.zero
+        self.grid, self.options, self.tied, self.stage = grid, options, tied, layout.zero
         self.names = parameter_paths(stages)
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
@@ -40,12 +40,13 @@ class DeepSpeedEngine(Counted):
             self.engine, *_ = library.deepspeed().initialize(
                 model=stages[0] if inside else nn.ModuleList(stages),
                 optimizer=self.optimizer,
-                config=_deepspeed_config(layout, options.clip_norm, bf16),
+                config=_deepspeed_config(layout, bf16),
                 mpu=_Groups(grid),
                 dist_init_required=False,
             )
         self.modules: Sequence[Any] = [self.engine] if inside else stages
         self.zero = self.engine.optimizer
+        self.optimizer.register_step_pre_hook(lambda *_: self._bound())
         start_state(self.optimizer, self.zero.fp32_partitioned_groups_flat if self.stage == 3 else None)
         self._shares = list(self._find_whole_shares() if self.stage == 3 else self._find_shares())
 
@@ -53,8 +54,13 @@ class DeepSpeedEngine(Counted):
         sum_tied(self.tied, self.grid.embedding_group)
         self._set_rate(learning_rate)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return Step(float(norm), not self.zero.overflow)
+        return self._last
+
+    def _bound(self) -> None:
+        """As DeepSpeed is about to step our optimizer, once for each of its groups: the norm is known by now."""
+        norm = self.zero._global_grad_norm
+        norm = norm.where(norm >= 0, torch.inf)  # what is not finite is -1 at stage 1
+        self._last = Step(norm, bound(self.optimizer, norm, self.options.clip_norm))
 
     def publish(self) -> None:
         if self.stage < 3:
@@ -102,11 +108,12 @@ class DeepSpeedEngine(Counted):
             yield Share(path, parameter, start, real, flat.data.narrow(0, offset, real), moments)
 
 
-def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool) -> dict[str, Any]:
+def _deepspeed_config(layout: Layout, bf16: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_norm,
+        "gradient_clipping": 0.0,  # our optimizer clips; DeepSpeed's clipping reads the norm back
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device at every step
         "zero_optimization": {"stage": layout.zero},
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
@@ -118,7 +125,7 @@ def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool) -> dict[str,
     if bf16:
         # All away from the defaults: bfloat16 accumulation, with pipelines gradients that `step` never sees, and the
         # float32 sums rounded to bfloat16 again for their reduction over the data-parallel ranks (even if there is one).
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from parallel.ports import free_port
 
 WARM = ["pretrain.warm", "pretrain.train"]
 TAIL = 2000  # characters of a failed rank's output that are told
@@ -32,7 +33,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, folder: Path
     context = multiprocessing.get_context("forkserver")
     with _environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"):  # counting the devices must not touch one before the fork
         context.set_forkserver_preload(WARM)
-        port = _free_port()
+        port = free_port()
         ranks = []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
@@ -91,13 +92,6 @@ def _be_rank(connection: Connection, place: dict[str, str], log: Path, function:
     except BaseException as error:
         traceback.print_exc()
         connection.send((False, f"{type(error).__name__}: {error}"))
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 @contextmanager

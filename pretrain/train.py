@@ -96,6 +96,8 @@ class Run:
         self.validation = Validation(config, grid, self.objective, sources.validation) if sources.validation else None
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
+        self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -118,17 +120,13 @@ class Run:
     def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
         size = self.config.batch.micro_size
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
-        batches = [
-            Batch(*(tensor.to(self.grid.device) for tensor in self.objective(*micro)))
-            for micro in zip(*(part.split(size) for part in rows), strict=True)
-        ]
-        counted = sum(batch.mask.sum(dtype=torch.float64) for batch in batches) if self.grid.reads_data else 0.0
+        made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
+        ours = sum(batch.mask.numpy().sum(dtype=np.float64) for batch in made) if self.grid.reads_data else 0.0
         self.heartbeat.mark(self.state.step + 1, "count of targets")
-        values = (counted, self.interrupt.asked, self.saver.failed)
-        facts = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
-        targets, stop, failed = self.grid.total(facts.to(self.grid.device)).tolist()
+        targets, stop, failed = self.grid.total_on_host(ours, self.interrupt.asked, self.saver.failed)
         if failed:
             self.finish_saving()  # which raises
+        batches = [Batch(*(tensor.to(self.grid.device) for tensor in batch)) for batch in made]
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
@@ -147,16 +145,29 @@ class Run:
 
     def advance(self, data: StepData, update: Step) -> None:
         self.before, now = self.state, self.state
-        self.state = dataclasses.replace(
-            now,
-            step=now.step + 1,
-            samples=now.samples + data.size,
-            updates=now.updates + update.applied,
-            bad_steps=0 if update.applied else now.bad_steps + 1,
+        self.state = dataclasses.replace(now, step=now.step + 1, samples=now.samples + data.size)
+        self.bad_steps = (self.bad_steps + 1) * ~update.applied
+        monitor = self.config.monitor
+        if self.at_end or any(map(self.due, (monitor.log_every, monitor.validate_every, self.config.checkpoint.every))):
+            self.count_updates()
+
+    def count_updates(self) -> None:
+        """Read back how many steps were applied, and tell of those that were not. To read is to wait for the device, so
+        it is done at steps that wait in any case."""
+        if self.counted.step == self.state.step:
+            return
+        before, self.state = (
+            self.counted,
+            dataclasses.replace(self.state, updates=self.engine.updates, bad_steps=int(self.bad_steps.item())),
         )
-        if not update.applied:
+        self.counted = self.state
+        steps, updates = self.state.step - before.step, self.state.updates - before.updates
+        if updates < steps:
+            skipped = (
+                "the step is skipped" if steps == 1 else f"{steps - updates} of the last {steps} steps are skipped"
+            )
             self.reporter.warn(
-                f"step {self.state.step}: gradient norm {update.grad_norm}, the step is skipped "
+                f"step {self.state.step}: no finite gradient norm, {skipped} "
                 f"({self.state.bad_steps} in a row, the run stops at {self.config.run.max_bad_steps})"
             )
 
@@ -181,7 +192,7 @@ class Run:
             tokens=self.state.samples * self.config.data.seq_length,
             samples=self.state.samples,
             loss=total / max(data.targets, 1.0),
-            grad_norm=update.grad_norm,
+            grad_norm=update.grad_norm.item(),
             learning_rate=self.plan.learning_rate(self.before.step),
             batch_size=data.size,
             batch_hash=digest,
@@ -261,6 +272,7 @@ class Run:
     def save(self) -> None:
         """Begin to save; what is in flight is saved first."""
         self.heartbeat.mark(self.state.step, "save")
+        self.count_updates()
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
         about = runs.about(self.grid, self.sources.fingerprint)
@@ -317,7 +329,8 @@ class Run:
                     "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
                 )
             checkpoint.load_engine(found, self.engine, self.grid)
-            self.state = self.before = found.state
+            self.state = self.before = self.counted = found.state
+            self.bad_steps.fill_(found.state.bad_steps)
         if self.ending(stop=False):
             return
         runs.claim_folder(self.config, self.grid, self.sources)

@@ -36,13 +36,12 @@ class Validation:
 
     def run(self, schedule: Schedule) -> Result:
         loss = torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        targets = 0.0
+        targets = torch.zeros_like(loss)
         for batches in self._groups():
             loss += schedule.run(batches, scale=1.0, forward_only=True).double()
-            targets += sum(batch.mask.sum().item() for batch in batches)
-        targets = targets if self.grid.reads_data else 0.0
-        loss = loss if self.grid.reads_loss else torch.zeros_like(loss)
-        ours = torch.stack([loss, torch.tensor(targets, dtype=torch.float64, device=self.grid.device)])
+            targets += sum(batch.mask.sum(dtype=torch.float64) for batch in batches)
+        nothing = torch.zeros_like(loss)
+        ours = torch.stack([loss if self.grid.reads_loss else nothing, targets if self.grid.reads_data else nothing])
         total, count = self.grid.total(ours).tolist()
         manifest = self.stream.manifests[0]
         tokens_per_byte = manifest.tokens / max(manifest.text_bytes, 1)

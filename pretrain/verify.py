@@ -43,15 +43,16 @@ def trace(config: Config, steps: int) -> Trace:
     for data in run.data():
         loss = run.forward_backward(data)
         update = run.engine.step(run.learning_rate())
+        norm = update.grad_norm.item()
         run.advance(data, update)
         total, digest = run.global_facts(data, loss)
         moments = sketches(run.engine, grid, "exp_avg")
         found.losses.append(total / max(data.targets, 1.0))
-        found.norms.append(update.grad_norm)
+        found.norms.append(norm)
         found.hashes.append(digest)
         # Adam's first moment is a running mean of the clipped gradients, m' = beta m + (1 - beta) g, and sketches are
         # linear. A factor too many in clipping shows in the norm.
-        unclipped = max(1.0, (update.grad_norm + 1e-6) / clip) / (1 - beta) if clip else 1 / (1 - beta)
+        unclipped = max(1.0, (norm + 1e-6) / clip) / (1 - beta) if clip else 1 / (1 - beta)
         found.gradients.append({name: (m - beta * before.get(name, 0.0)) * unclipped for name, m in moments.items()})
         before = moments
         if run.state.step == steps:

@@ -13,7 +13,14 @@ from tests.distributed import REPOSITORY, run_python
 
 OURS = ("kernels", "parallel", "pretrain", "launch", "tests", "benchmarks")
 INSTALLED = ("kernels", "parallel", "pretrain", "launch")
-TORCH_FREE = ["parallel.layout", "pretrain.errors", "pretrain.runs", "pretrain.schedule", "launch.__main__"]
+TORCH_FREE = [
+    "parallel.layout",
+    "parallel.ports",
+    "pretrain.errors",
+    "pretrain.runs",
+    "pretrain.schedule",
+    "launch.__main__",
+]
 BLOCKED = "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = sys.modules['megatron'] = None"
 
 
@@ -47,7 +54,7 @@ def crossings(package: str, allowed: tuple[str, ...]) -> list[str]:
         ("kernels", ("kernels",)),
         ("parallel", ("parallel", "kernels")),
         ("pretrain", ("pretrain", "parallel", "kernels")),
-        ("launch", ("launch", "pretrain.config", "pretrain.errors", "parallel.layout")),
+        ("launch", ("launch", "pretrain.config", "pretrain.errors", "parallel.layout", "parallel.ports")),
     ],
 )
 def test_imports_go_one_way(package: str, allowed: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
+from parallel.ports import free_port
 from tests.distributed import Outcome, Request, die_with_parent
 
 
@@ -51,7 +51,7 @@ class _Ranks:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.port = _free_port()
+        self.port = free_port()
         self.outcomes: dict[int, Outcome] = {}
         self.running: dict[int, int] = {}  # process id -> rank
         # Ranks write their number to `reports` when their outcome lies in its file, then wait for `leave` to close:
@@ -165,13 +165,6 @@ def _pickled(error: BaseException) -> bytes | None:
 
 def _outcome_file(request: Request, rank: int) -> Path:
     return Path(request.folder) / f"rank-{rank}.outcome"
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -111,5 +111,5 @@ class RunConfig(Section):
     dir: str = meaning("runs/run", "folder of the run; made when missing, resumed when there")
     seed: int = meaning(1, "of initial weights, data order and dropout", ge=0, lt=2**63)
     max_bad_steps: int = meaning(
-        5, "stop after so many steps in a row with a loss or gradient that is not finite", ge=1
+        5, "stop after so many steps in a row without a finite gradient, as seen when a step is logged", ge=1
     )

@@ -73,7 +73,7 @@ def accumulated(text: str) -> list[float]:
     parameter.register_hook(lambda gradient: torch.full_like(gradient, next(parts)))
     built.train(True)
     built.schedule.run([batch_of_tokens()] * 5, scale=1 / 140)
-    norm = built.engine.step(RATE).grad_norm
+    norm = built.engine.step(RATE).grad_norm.item()
     clipped = min(1.0, 1.0 / (norm + 1e-6)) * (1 - 0.9)
     moments = [share.moments["exp_avg"] for share in built.engine.shares() if share.parameter is parameter]
     return [number for flat in moments for number in (flat / clipped).tolist()]

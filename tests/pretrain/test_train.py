@@ -70,7 +70,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_said_and_counted(
     run = tmp_path / "run"
     assert ran.code == 0 and "Traceback" not in ran.told, ran.told
     assert ran.out.count("the step is skipped") == 2
-    assert "step 6: gradient norm" in ran.out and "(2 in a row, the run stops at 5)" in ran.out
+    assert "step 6: no finite gradient norm" in ran.out and "(2 in a row, the run stops at 5)" in ran.out
     before = running.tensors_of(run, 4)
     for step in (5, 6):
         for name, tensor in running.tensors_of(run, step).items():
@@ -97,6 +97,25 @@ def test_too_many_such_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Pat
     assert summary["reason"] == "diverged" and summary["step"] == 8 and summary["loss"] is None
     again = running.command("train", tmp_path / "run")
     assert again.code == 1 and "stopped at step 8" in again.out, again.told
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_skipped_steps_are_counted_when_a_step_is_logged(tmp_path: Path, tiny_data: Path, zero: int) -> None:
+    """Between two logged steps nothing asks the device. Steps 2, 3 and 9 to the end are bad; read are 5, 10 and 12."""
+    options = (f"parallel.zero={zero}", "monitor.log_every=5 steps", "monitor.validate_every=null")
+    rare = (*options, "checkpoint.every=100 steps", "run.max_bad_steps=3")
+    ran = train(tmp_path, tiny_data, *rare, "batch.micro_size=1", fault=_poison_twice, world=1 + zero)
+    assert ran.code == 1 and "Traceback" not in ran.told, ran.told
+    assert "step 5: no finite gradient norm, 2 of the last 5 steps are skipped (0 in a row" in ran.out
+    assert "step 10: no finite gradient norm, 2 of the last 5 steps are skipped (2 in a row" in ran.out
+    assert "stopped at step 12: 4 steps in a row had no finite gradient" in ran.out
+    state = running.manifest_of(tmp_path / "run", 12)["state"]
+    assert (state["updates"], state["bad_steps"]) == (6, 4)
+
+
+def _poison_twice() -> None:
+    running.poison_steps(2, 2, math.nan)
+    running.poison_steps(9, 99, math.inf)
 
 
 def test_an_absurd_learning_rate_ends_with_a_message_and_not_with_a_traceback(tmp_path: Path, tiny_data: Path) -> None:
