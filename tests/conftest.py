@@ -27,6 +27,12 @@ from tests.distributed import run_ranks, stop_zygote
 MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    schedules = 20 if os.environ.get("CI") else 5
+    parser.addoption("--schedules", type=int, default=schedules, help=f"of tests/pretrain/test_torture.py: {schedules}")
+    parser.addoption("--first-seed", type=int, default=0, help="of these schedules, which have one after the other")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     import torch

@@ -1,0 +1,33 @@
+"""A run killed again and again, each time started under another layout, equals one that was never interrupted (P2)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.pretrain.deaths import ANY_TIME, KINDS, draw, processes
+from tests.pretrain.torture import Torture
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        first = metafunc.config.getoption("--first-seed")
+        metafunc.parametrize("seed", range(first, first + metafunc.config.getoption("--schedules")))
+
+
+@pytest.fixture(scope="module")
+def torture(tmp_path_factory: pytest.TempPathFactory) -> Torture:
+    return Torture(tmp_path_factory.mktemp("torture"))
+
+
+def test_a_run_that_dies_at_random_places_trains_as_one_that_does_not(torture: Torture, seed: int) -> None:
+    torture.run(draw(seed))
+
+
+@pytest.mark.parametrize("first", [0, 5, 100])
+def test_five_schedules_hold_every_death_and_other_world_sizes(first: int) -> None:
+    schedules = [draw(seed) for seed in range(first, first + 5)]
+    kinds = {kind for schedule in schedules for kind in schedule.kinds}
+    assert kinds == {*KINDS, ANY_TIME}
+    resized = [schedule for schedule in schedules if len({processes(layout) for layout in schedule.layouts}) > 1]
+    assert len(resized) >= 2
+    assert any(len(set(schedule.layouts)) == 1 for schedule in schedules)
