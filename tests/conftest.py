@@ -28,9 +28,9 @@ MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    schedules = 20 if os.environ.get("CI") else 5
-    parser.addoption("--schedules", type=int, default=schedules, help=f"of tests/pretrain/test_torture.py: {schedules}")
-    parser.addoption("--first-seed", type=int, default=0, help="of these schedules, which have one after the other")
+    group = parser.getgroup("torture", "runs killed at random places (tests/pretrain/test_torture.py)")
+    group.addoption("--schedules", type=int, default=5, help="schedules of kills (default: 5)")
+    group.addoption("--first-seed", type=int, default=0, help="seed of the first; the others' follow (default: 0)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ are watched here, so that a write can be left half done.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -101,7 +102,7 @@ class _Trigger:
         self.death, self.records = death, records
         self.operations, self.where = death.spot.what.split("|"), re.compile(death.spot.where)
         self.count, self.lock = 0, threading.Lock()
-        self.killer = _fork_killer(self._send, death.delay) if death.delay else None
+        self.killer = _fork_killer(death, self._targets) if death.delay else None
 
     def here(self, what: str, path: str = "", before: Callable[[], None] | None = None) -> None:
         """This rank is about to do it. before: to be done just before it dies."""
@@ -118,34 +119,36 @@ class _Trigger:
     def _strike(self) -> None:
         if self.killer is not None:
             os.write(self.killer, b"!")
-        else:
-            self._send(os.getpid())
-
-    def _send(self, own: int) -> None:
-        """To the others first: who gets SIGKILL sends no more."""
-        others = [int(path.read_text()) for path in self.records.glob("*.pid")] if self.death.everyone else []
-        for process in [*(process for process in others if process != own), own]:
+            return
+        for process in self._targets(os.getpid()):
             os.kill(process, self.death.number)
 
+    def _targets(self, own: int) -> list[int]:
+        """Own process last: who gets SIGKILL sends no more."""
+        others = [int(path.read_text()) for path in self.records.glob("*.pid")] if self.death.everyone else []
+        return [*(process for process in others if process != own), own]
 
-def _fork_killer(send: Callable[[int], None], delay: float) -> int:
+
+def _fork_killer(death: Death, targets: Callable[[int], list[int]]) -> int:
     """A process that sends the signal some time after a byte comes through the pipe, which is returned."""
     mother = os.getpid()
     ours, theirs = os.pipe()
     if os.fork() == 0:
         os.close(theirs)
-        _be_killer(ours, send, mother, delay)
+        _be_killer(ours, death, lambda: targets(mother))
     os.close(ours)
     return theirs
 
 
-def _be_killer(pipe: int, send: Callable[[int], None], mother: int, delay: float) -> NoReturn:
+def _be_killer(pipe: int, death: Death, targets: Callable[[], list[int]]) -> NoReturn:
     try:
         if os.read(pipe, 1):
-            time.sleep(delay)
-            send(mother)
-    except ProcessLookupError:
-        pass  # it has ended by itself
+            # Not by their numbers, which others may have when they have ended before their time.
+            handles = [os.pidfd_open(process) for process in targets()]
+            time.sleep(death.delay)
+            for handle in handles:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, death.number)
     finally:
         os._exit(0)
 

@@ -11,7 +11,8 @@ from tests.pretrain.torture import Torture
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         first = metafunc.config.getoption("--first-seed")
-        metafunc.parametrize("seed", range(first, first + metafunc.config.getoption("--schedules")))
+        seeds = range(first, first + metafunc.config.getoption("--schedules"))
+        metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed {seed}")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ checkpoints: each was written by one life, which went on from one that another h
 from __future__ import annotations
 
 import json
+import math
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +63,7 @@ class Torture:
                 lives.live(number, life)
             self._check_end(lives)
         except Exception as error:
-            error.add_note(f"{schedule}\n{lives.told}\npytest {TEST} --schedules 1 --first-seed {schedule.seed}")
+            error.add_note(f"{schedule}\n{lives.told}\nmake torture ARGS='--schedules 1 --first-seed {schedule.seed}'")
             raise
 
     def uninterrupted(self, layout: str) -> Path:
@@ -87,9 +89,10 @@ class Torture:
 
     def _check_end(self, lives: _Lives) -> None:
         run, whole = lives.run, self.uninterrupted(ALONE)
+        logged, expected = ([_kind(line) for line in lines_of(path)] for path in (run, whole))
+        assert [step for step, kind in expected if kind == "loss"] == list(range(1, STEPS + 1))
+        assert logged == expected, f"metrics.jsonl has not each line once: {logged}"
         self._check_samples(lives.depends[STEPS], run)
-        assert [_kind(line) for line in lines_of(run)] == [_kind(line) for line in lines_of(whole)]
-        assert [line["step"] for line in lines_of(run) if "loss" in line] == list(range(1, STEPS + 1))
         found = list(differences(_course(whole), _course(run)))
         assert not found, "\n".join(found)
         assert _exact_state(run) == _exact_state(whole)
@@ -116,9 +119,6 @@ class Torture:
         assert manifest_of(run, STEPS)["state"] == manifest_of(whole, STEPS)["state"]
 
 
-TEST = Path(__file__).with_name("test_torture.py").relative_to(Path(__file__).parents[2])
-
-
 class _Lives:
     """One run through its lives."""
 
@@ -135,10 +135,14 @@ class _Lives:
         before = max(self.depends, default=0)
         _end_as_planned(life, self._start(life, records))
         steps = _steps_of(records, before)
-        self.told += f"life {number}: from step {before} to {max(steps, default=before)}"
+        last = max(steps, default=before)
+        self.told += f"life {number}: steps {before + 1} to {last}, then checkpoints {steps_of(self.run)}\n"
         self._take_in(self.depends.get(before, []), steps)
-        self.told += f", checkpoints {sorted(self.depends)}\n"
-        self._check_folder(life, before, max(steps, default=before))
+        newest = self._check_checkpoints(before, last)
+        died = life.death is not None and life.death.number == signal.SIGKILL
+        if not died:
+            self._check_kept(before, last)
+        self._check_half_written(before, newest, died)
 
     def _start(self, life: Life, records: Path) -> int:
         """Run it to its end; the exit code, negative for a signal."""
@@ -157,44 +161,55 @@ class _Lives:
     def _take_in(self, base: list[Step], steps: dict[int, Step]) -> None:
         """The checkpoints that are there now: what those that this life wrote depend on."""
         there = {step: _identity(checkpoint_folder(self.run, step)) for step in steps_of(self.run)}
-        self.new = [step for step in there if self.written.get(step) != there[step]]
-        for step in self.new:
-            own = [steps[at] for at in range(len(base) + 1, step + 1)]
-            self.depends[step] = base + own
+        most = max(len(self.written), self.schedule.keep_last + 1)  # the best too; and one more when it died in a save
+        assert len(there) <= most + 1, f"old checkpoints are left: {sorted(there)}"
+        new = [step for step in there if self.written.get(step) != there[step]]
+        for step in new:
+            assert step in steps, f"there is a checkpoint of step {step}, which not all ranks have ended"
+            self.depends[step] = base + [steps[at] for at in range(len(base) + 1, step + 1)]
         self.depends = {step: self.depends[step] for step in there}
         self.written = there
 
-    def _check_folder(self, life: Life, before: int, last: int) -> None:
-        """Whole checkpoints alone, not too old, and nothing half written that is older than the save before last."""
+    def _check_checkpoints(self, before: int, last: int) -> int:
+        """They are whole and not too old. The step of the newest."""
         warnings: list[str] = []
         found = checkpoint.latest(self.run, warnings.append)
         for step in steps_of(self.run):
             checkpoint.open_checkpoint(checkpoint_folder(self.run, step))
         assert not warnings, warnings
         newest = found.state.step if found is not None else 0
-        # One save may be under way while the run goes on to the next.
-        assert newest >= max(before, last - 1 - 2 * self.schedule.every), (
-            f"step {last} was done, step {newest} is saved"
-        )
-        assert len(self.written) <= self.schedule.keep_last + 2, (
-            "old checkpoints are left"
-        )  # the best, one to be removed
-        partial_folders = list((self.run / "checkpoints").glob(".*"))
-        assert not list((self.run / "checkpoints").glob(f"step-*/{MARK}")), "what was half written became a checkpoint"
-        if len(self.new) > 1:
-            assert not list((self.run / "checkpoints").glob(f".*/{MARK}")), "what was half written is left after a save"
-        if life.death is None or life.death.kind == "stopped":
-            assert newest == last, f"ended in step {last}, but step {newest} is saved"
-            assert not partial_folders, f"left half written: {partial_folders}"
-        for folder in partial_folders:
-            (folder / MARK).touch()
+        # The save before the last that was due is over: no more than one is under way.
+        least = max(before, (last - 1) // self.schedule.every * self.schedule.every - self.schedule.every)
+        assert newest >= least, f"step {last} was done, from {before} on, but step {newest} is saved"
+        return newest
+
+    def _check_kept(self, before: int, last: int) -> None:
+        """When a life has ended well: its last checkpoints are there, and the best of all."""
+        best = _best_steps(self.run)
+        own = range(before + 1, last + 1)
+        saved = [step for step in own if step % self.schedule.every == 0 or step in {*best, last}]
+        keep = {*saved[-self.schedule.keep_last :], best[-1]} - {0}  # nothing is saved before the first step
+        assert keep <= self.written.keys(), f"of {sorted(keep)} there are {sorted(self.written)}"
+
+    def _check_half_written(self, before: int, newest: int, died: bool) -> None:
+        """A save removes what the lives before left half written. Marks what is left now."""
+        folder = self.run / "checkpoints"
+        assert not list(folder.glob(f"step-*/{MARK}")), "what a life left half written became a checkpoint"
+        saved_next = newest > (before // self.schedule.every + 1) * self.schedule.every  # and so one save is over
+        assert not (saved_next and list(folder.glob(f".*/{MARK}"))), "what a life left half written outlived a save"
+        half_written = list(folder.glob(".*"))
+        assert died or not half_written, f"left half written: {half_written}"
+        for path in half_written:
+            (path / MARK).touch()
 
 
 def _end_as_planned(life: Life, code: int) -> None:
     if life.death is None:
         assert code == 0, f"exit code {code} in the last life"
     elif life.death.kind != ANY_TIME or code != 0:  # at any time may be after the end
-        assert code == (-9 if life.death.number == 9 else 143), f"exit code {code}: did not die {life.death}"
+        assert code == (-9 if life.death.number == signal.SIGKILL else 143), (
+            f"exit code {code}: did not die {life.death}"
+        )
 
 
 # -- what the ranks wrote down -----------------------------------------------------------------------------------------
@@ -225,8 +240,18 @@ def _identity(folder: Path) -> tuple[int, int]:
 # -- runs to compare ---------------------------------------------------------------------------------------------------
 
 
-def _kind(line: dict[str, Any]) -> tuple[int, bool]:
-    return line["step"], "validation_loss" in line
+def _kind(line: dict[str, Any]) -> tuple[int, str]:
+    return line["step"], "loss" if "loss" in line else "validation"
+
+
+def _best_steps(run: Path) -> list[int]:
+    """Steps whose validation was better than all before."""
+    lowest, steps = math.inf, []
+    for line in lines_of(run):
+        if line.get("validation_loss", math.inf) < lowest:
+            lowest = line["validation_loss"]
+            steps.append(line["step"])
+    return steps
 
 
 def _course(run: Path) -> Course:
