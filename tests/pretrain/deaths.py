@@ -83,7 +83,8 @@ def draw(seed: int) -> Schedule:
 @cache
 def layouts(world: int) -> list[str]:
     """Every layout of so many processes, with micro-batch and recomputation, that the config accepts."""
-    axes = [matrix.AXES[name] for name in ("tensor", "context", "pipeline", "data", "zero", "micro", "recompute")]
+    axes = [matrix.AXES[name] for name in ("tensor", "context", "pipeline", "data", "zero", "recompute")]
+    axes.append(("micro=1", "micro=2", "micro=4"))
     texts = (",".join(filter(None, values)) for values in itertools.product(*axes))
     return [text for text in texts if processes(text) == world and _accepted(text)]
 

@@ -31,7 +31,7 @@ from tests.pretrain.running import checkpoint_folder, command, lines_of, manifes
 from tests.training import Course, differences
 
 LENGTH = 32  # tokens a sample
-ALONE = "zero=0,micro=2"  # the layout to compare with: one process
+ALONE = "zero=0,micro=4"  # the layout to compare with: one process
 MARK = "left-by-a-life"  # a file put into what a death left half written
 TIMEOUT = 120  # seconds for a life
 
