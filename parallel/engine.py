@@ -8,6 +8,7 @@ applied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +53,10 @@ class Engine(Protocol):
     @property
     def modules(self) -> Sequence[Any]:
         """What the schedule calls, in place of this rank's stages."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around the backward passes of all micro-batches of a step but the last: gradients only accumulate. Outside,
+        their reduction over the replicas may begin."""
 
     def step(self, learning_rate: float) -> Step:
         """Finish the accumulated gradients, clip, update, clear."""
