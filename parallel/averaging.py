@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from parallel.gradients import main_gradient
+from parallel.gradients import accumulated
 
 BUCKET = 2**23  # elements a reduction, 32 MiB: large enough to fill a link, small enough that the first starts early
 
@@ -40,11 +40,9 @@ def buckets_of(parameters: Iterable[nn.Parameter]) -> Iterator[Bucket]:
 
 def join(bucket: Bucket) -> Tensor:
     """The bucket's gradients in one flat tensor; from now on they are views of it."""
-    gradients = [main_gradient(parameter) for parameter in bucket]
-    present = [gradient for gradient in gradients if gradient is not None]
-    assert len(present) == len(bucket), "a parameter took no part in the loss"
-    flat = _flatten_dense_tensors(present)
-    for parameter, part in zip(bucket, _unflatten_dense_tensors(flat, present), strict=True):
+    gradients = accumulated(bucket)
+    flat = _flatten_dense_tensors(gradients)
+    for parameter, part in zip(bucket, _unflatten_dense_tensors(flat, gradients), strict=True):
         if getattr(parameter, "_hp_grad", None) is not None:
             parameter._hp_grad = part  # type: ignore[attr-defined]
         else:

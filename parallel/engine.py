@@ -107,6 +107,8 @@ def bound(optimizer: torch.optim.AdamW, norm: Tensor, clip_norm: float) -> Tenso
 
     torch's fused step does both in its own pass, by two attributes that were made for loss scaling.
     """
+    # Where DeepSpeed keeps the optimizer on the host. torch's own copy there would not be waited for.
+    norm = norm.to(next(p.device for group in optimizer.param_groups for p in group["params"]))
     finite = norm.isfinite()
     optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
     if clip_norm > 0:  # gradients are divided by this

@@ -29,6 +29,13 @@ def main_gradient(parameter: nn.Parameter) -> Tensor | None:
     return main if main is not None else parameter.grad
 
 
+def accumulated(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Their gradients, where they have accumulated."""
+    gradients = [main_gradient(parameter) for parameter in parameters]
+    assert all(gradient is not None for gradient in gradients), "a parameter took no part in the loss"
+    return gradients  # type: ignore[return-value]
+
+
 def is_sliced(parameter: nn.Parameter) -> bool:
     """Whether it is whole on every tensor rank, but has seen only this rank's slice of the sequence."""
     return getattr(parameter, "sequence_parallel", False)
@@ -36,8 +43,7 @@ def is_sliced(parameter: nn.Parameter) -> bool:
 
 def sum_slices(parameters: Iterable[nn.Parameter], group: Any) -> None:
     """Add up the gradients of those that saw a slice each, over the tensor ranks."""
-    gradients = [main_gradient(parameter) for parameter in parameters if is_sliced(parameter)]
-    sum_flat([gradient for gradient in gradients if gradient is not None], group)
+    sum_flat(accumulated(filter(is_sliced, parameters)), group)
 
 
 def sum_flat(tensors: list[Tensor], group: Any) -> None:
@@ -65,8 +71,7 @@ def sum_tied(parameter: nn.Parameter | None, group: Any) -> None:
     """Add up the gradient of an embedding that the first and the last stage both hold."""
     if parameter is None or group is None:
         return
-    gradient = main_gradient(parameter)
-    assert gradient is not None, "the tied embedding has had no backward pass"
+    [gradient] = accumulated([parameter])
     dist.all_reduce(gradient, group=group)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from parallel import library
 from parallel.averaging import Averaging, Bucket, buckets_of
 from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
-from parallel.gradients import is_sliced, main_gradient, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
+from parallel.gradients import accumulated, is_sliced, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
 from parallel.stages import Stage, parameter_paths
@@ -153,8 +153,7 @@ class DeepSpeedEngine(Counted):
 
 def _joined(bucket: Bucket) -> Tensor:
     """The flat piece that the float32 gradients of neighbours lie in, the bucket's last first."""
-    first = main_gradient(bucket[-1])
-    assert first is not None, "a parameter took no part in the loss"
+    [*_, first] = accumulated(bucket)
     return first.as_strided((sum(parameter.numel() for parameter in bucket),), (1,))
 
 
@@ -165,7 +164,9 @@ def _deepspeed_config(layout: Layout, bf16: bool) -> dict[str, Any]:
         "gradient_clipping": 0.0,  # our optimizer clips; DeepSpeed's clipping reads the norm back
         "timers": {"throughput": {"enabled": False}},  # which waits for the device at every step
         # Stage 2 reduces a bucket of gradients while the next is made, on a GPU's second stream (on a CPU, which has no
-        # streams, each reduction is waited for). Stage 3 does so by default, stage 1 may not.
+        # streams, each reduction is waited for). Stage 3 does so by default, stage 1 may not. No value is read back for
+        # it, but DeepSpeed 0.19.8 waits as each backward pass ends: at stage 2 for the device
+        # (`overlapping_partition_gradients_reduce_epilogue`), at stage 3 for its second stream.
         "zero_optimization": {"stage": layout.zero, "overlap_comm": layout.zero > 1},
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
