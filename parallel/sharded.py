@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parallel import library
 from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, start_state
-from parallel.gradients import sum_tied
+from parallel.gradients import BUCKET, sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
 from parallel.stages import Stage, parameter_paths
@@ -40,7 +40,7 @@ class DeepSpeedEngine(Counted):
             self.engine, *_ = library.deepspeed().initialize(
                 model=stages[0] if inside else nn.ModuleList(stages),
                 optimizer=self.optimizer,
-                config=_deepspeed_config(layout, options.clip_norm, bf16),
+                config=_deepspeed_config(layout, options.clip_norm, bf16, sum(p.numel() for p in self.names)),
                 mpu=_Groups(grid),
                 dist_init_required=False,
             )
@@ -102,12 +102,14 @@ class DeepSpeedEngine(Counted):
             yield Share(path, parameter, start, real, flat.data.narrow(0, offset, real), moments)
 
 
-def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool) -> dict[str, Any]:
+def _deepspeed_config(layout: Layout, clip_norm: float, bf16: bool, numel: int) -> dict[str, Any]:
+    """numel: of this rank's parameters."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": layout.zero},
+        # It allocates this many elements whatever the model has; its default of 5e8 are 2 GB in float32.
+        "zero_optimization": {"stage": layout.zero, "reduce_bucket_size": min(BUCKET, numel)},
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
         "steps_per_print": None,
