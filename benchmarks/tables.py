@@ -170,7 +170,8 @@ def _memory(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> Table:
             *(f"{one['formula'][part] / 2**20:,.1f}" for part in parts),
             one["formula"]["moment"],
         )
-    _aim(targets, "largest difference of memory and formula", MEMORY, worst)
+    if rows:
+        _aim(targets, "largest difference of memory and formula", MEMORY, worst)
     return table
 
 

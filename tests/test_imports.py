@@ -13,7 +13,10 @@ from tests.distributed import REPOSITORY, run_python
 
 OURS = ("kernels", "parallel", "pretrain", "launch", "tests", "benchmarks")
 INSTALLED = ("kernels", "parallel", "pretrain", "launch")
-TORCH_FREE = ["parallel.layout", "pretrain.errors", "pretrain.runs", "pretrain.schedule", "launch.__main__"]
+TORCH_FREE = [f"pretrain.{name}" for name in ("errors", "memory", "runs", "schedule")] + [
+    "parallel.layout",
+    "launch.__main__",
+]
 BLOCKED = "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = sys.modules['megatron'] = None"
 
 
