@@ -61,6 +61,7 @@ check: $(STAMP)
 bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/layouts.py
 
 matrix: $(STAMP)
 	$(BIN)/python -m tests.matrix

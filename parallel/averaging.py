@@ -64,7 +64,7 @@ class Averaging:
         Hooks that move a gradient elsewhere (into float32) must have been registered before.
         """
         self.buckets, self.group, self.flat = buckets, group, flat
-        self.size = dist.get_world_size(group)
+        self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.number_of = {parameter: number for number, bucket in enumerate(buckets) for parameter in bucket}
         self.accumulating = False
         self._begin()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import library
-from parallel.averaging import Averaging, Bucket, buckets_of
+from parallel.averaging import BUCKET, Averaging, Bucket, buckets_of
 from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
 from parallel.gradients import accumulated, is_sliced, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
 from parallel.grid import Grid
@@ -44,7 +44,7 @@ class DeepSpeedEngine(Counted):
             self.engine, *_ = library.deepspeed().initialize(
                 model=stages[0] if inside else nn.ModuleList(stages),
                 optimizer=self.optimizer,
-                config=_deepspeed_config(layout, bf16),
+                config=_deepspeed_config(layout, bf16, sum(p.numel() for p in self.names)),
                 mpu=_Groups(grid),
                 dist_init_required=False,
             )
@@ -158,7 +158,8 @@ def _joined(bucket: Bucket) -> Tensor:
     return first.as_strided((sum(parameter.numel() for parameter in bucket),), (1,))
 
 
-def _deepspeed_config(layout: Layout, bf16: bool) -> dict[str, Any]:
+def _deepspeed_config(layout: Layout, bf16: bool, numel: int) -> dict[str, Any]:
+    """numel: of this rank's parameters."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,
@@ -168,7 +169,12 @@ def _deepspeed_config(layout: Layout, bf16: bool) -> dict[str, Any]:
         # streams, each reduction is waited for). Stage 3 does so by default, stage 1 may not. No value is read back for
         # it, but DeepSpeed 0.19.8 waits as each backward pass ends: at stage 2 for the device
         # (`overlapping_partition_gradients_reduce_epilogue`), at stage 3 for its second stream.
-        "zero_optimization": {"stage": layout.zero, "overlap_comm": layout.zero > 1},
+        "zero_optimization": {
+            "stage": layout.zero,
+            "overlap_comm": layout.zero > 1,
+            # It allocates this many elements whatever the model has; its default of 5e8 are 2 GB in float32.
+            "reduce_bucket_size": min(BUCKET, numel),
+        },
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
         "steps_per_print": None,

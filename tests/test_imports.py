@@ -13,12 +13,9 @@ from tests.distributed import REPOSITORY, run_python
 
 OURS = ("kernels", "parallel", "pretrain", "launch", "tests", "benchmarks")
 INSTALLED = ("kernels", "parallel", "pretrain", "launch")
-TORCH_FREE = [
+TORCH_FREE = [f"pretrain.{name}" for name in ("errors", "memory", "runs", "schedule")] + [
     "parallel.layout",
     "parallel.ports",
-    "pretrain.errors",
-    "pretrain.runs",
-    "pretrain.schedule",
     "launch.__main__",
 ]
 BLOCKED = "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = sys.modules['megatron'] = None"

@@ -69,7 +69,7 @@ def test_ci_runs_the_checks_and_the_tests() -> None:
     words = script.read_text()
     assert all(
         words.index(earlier) < words.index(later)
-        for earlier, later in [("export CI=1", "make check"), ("make check", "test ARGS=-ra")]
+        for earlier, later in [("export CI=1", "make check"), ("make check", "test ARGS=")]
     )
 
 
