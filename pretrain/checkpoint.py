@@ -45,12 +45,15 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def latest(run: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning."""
+def latest(run: Path, warn: Callable[[str], None] = log.warning, grid: Grid | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning. With a grid it is the same on
+    every rank, which each hash a part of the files. Collective then; raises UserError where there are only damaged ones."""
+    steps = list_steps(run)
     damaged = 0
-    for step in reversed(list_steps(run)):
+    for step in reversed(steps if grid is None else grid.from_first(steps)):
+        folder = folder_of(run, step)
         try:
-            return open_checkpoint(folder_of(run, step))
+            return open_checkpoint(folder) if grid is None else _open_together(folder, grid)
         except UserError as error:
             damaged += 1
             warn(f"passing over a damaged checkpoint: {error}")
@@ -62,18 +65,30 @@ def latest(run: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint |
     return None
 
 
-def latest_everywhere(run: Path, grid: Grid, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """`latest`, looked up by rank 0 alone and told to the others."""
+def _open_together(folder: Path, grid: Grid) -> Checkpoint:
     found: Any = None
     if grid.rank == 0:
-        try:
-            found = latest(run, warn)
-        except UserError as error:
-            found = error
+        found = _caught(lambda: open_checkpoint(folder, verify=False))
     found = grid.from_first(found)
     if isinstance(found, UserError):
         raise found
+    _raise_together(_caught(lambda: found.verify(grid.rank, grid.world)), grid)
     return found
+
+
+def _caught(action: Callable[[], Any]) -> Any:
+    """What it returns, or the UserError that it raises."""
+    try:
+        return action()
+    except UserError as error:
+        return error
+
+
+def _raise_together(outcome: UserError | None, grid: Grid) -> None:
+    """Raise on every rank what some have met."""
+    for error in grid.from_all(outcome):
+        if error is not None:
+            raise error
 
 
 # -- loading -------------------------------------------------------------------------------------------------------
@@ -91,13 +106,7 @@ def load_engine(checkpoint: Checkpoint, engine: Engine, grid: Grid) -> None:
             rows = torch.zeros(shape, dtype=torch.float32)
             wanted += _wanted(share.path, share.parameter, first, end, kind, rows)
             copies.append((share, first, flat, rows))
-    problem: UserError | None = None
-    try:
-        _read(checkpoint, wanted)
-    except UserError as error:
-        problem = error
-    if problems := [found for found in grid.from_all(problem) if found is not None]:
-        raise problems[0]
+    _raise_together(_caught(lambda: _read(checkpoint, wanted)), grid)
     with torch.no_grad():
         for share, first, flat, rows in copies:
             begin = share.start - first * row_length(share.parameter)

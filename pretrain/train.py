@@ -322,7 +322,7 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one. A run that is over is left as it is."""
-        found = checkpoint.latest_everywhere(self.folder, self.grid, self.reporter.warn)
+        found = checkpoint.latest(self.folder, self.reporter.warn, self.grid)
         if found is not None:
             if found.about.get("data") != self.sources.fingerprint:
                 raise UserError(

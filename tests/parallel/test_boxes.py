@@ -86,7 +86,7 @@ def wander(layout: Layout, compute: str, source: Path | None, target: Path) -> S
     if source is None:
         write_truth(built.engine)
     else:
-        found = checkpoint.latest_everywhere(source, grid)
+        found = checkpoint.latest(source, grid=grid)
         assert found is not None
         checkpoint.load_engine(found, built.engine, grid)
     for parameter, path in parameter_paths(built.stages).items():

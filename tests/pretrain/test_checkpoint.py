@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint, saving, storage
+from pretrain import checkpoint, opening, saving, storage
 from pretrain.errors import UserError
-from tests.pretrain import running
+from tests.distributed import run_ranks
+from tests.pretrain import formats, running
 from tests.pretrain.running import assert_refused, train
 
 
@@ -278,7 +279,6 @@ def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
     tmp_path: Path, tiny_data: Path, rank: int, what: str
 ) -> None:
     """No rank is left waiting for another: the command returns, and so does every rank, with exit code 2."""
-    from tests.distributed import run_ranks
     from tests.training import write_config
 
     config = write_config(tmp_path, tiny_data)
@@ -306,3 +306,44 @@ def test_another_fault_in_the_writing_thread_ends_the_run_and_is_not_called_a_fu
     ran = train(tmp_path, tiny_data, fault=fail_in_write)
     assert ran.code == 1 and "ZeroDivisionError" in ran.err and "could not be written" not in ran.err, ran.told
     assert running.steps_of(tmp_path / "run") == [3]
+
+
+# -- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def find_together(run: Path) -> tuple[int, list[str], list[str]]:
+    """In a rank: the step of the newest whole checkpoint, the files that were hashed for it, the warnings."""
+    from parallel.grid import start_grid
+    from parallel.layout import Layout
+
+    names: list[str] = []
+    warnings: list[str] = []
+    hash_file = opening._sha256
+
+    def counted(path: Path) -> str:
+        names.append(f"{path.parent.name}/{path.name}")
+        return hash_file(path)
+
+    opening._sha256 = counted
+    found = checkpoint.latest(run, warnings.append, start_grid(Layout(data=3), 60))
+    assert found is not None
+    return found.state.step, names, warnings
+
+
+def test_each_file_is_hashed_by_one_rank_and_all_pass_over_what_one_finds_damaged(tmp_path: Path) -> None:
+    tensors = {"a": ((4, 2), [float(value) for value in range(8)]), "b": ((3,), [1.0, 2.0, 3.0])}
+    for step in (3, 5):
+        folder = running.checkpoint_folder(tmp_path, step)
+        formats.write_format_1(folder, tensors)
+        manifest = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(manifest.replace('"step": 3', f'"step": {step}'))
+    first, second = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert [hashed for _, hashed, _ in run_ranks(3, find_together, tmp_path)] == [
+        [f"step-00000005/{first}"],
+        [f"step-00000005/{second}"],
+        [],
+    ]
+    flip_a_bit(folder / second, 100)
+    for step, hashed, warnings in run_ranks(3, find_together, tmp_path):
+        assert step == 3 and len(hashed) <= 2
+        assert len(warnings) == 1 and f"step-00000005/{second}" in warnings[0] and "altered" in warnings[0]

@@ -59,7 +59,7 @@ def tensors_of_model() -> Tensors:
 def load(run: Path, layout: Layout) -> Loaded:
     grid = start_grid(layout, 60)
     built = build(make_config(layout), grid, VOCABULARY)
-    found = checkpoint.latest_everywhere(run, grid)
+    found = checkpoint.latest(run, grid=grid)
     assert found is not None
     checkpoint.load_engine(found, built.engine, grid)
     return Loaded(whole_tensors(built.engine, grid), built.engine.updates, found.state)
