@@ -191,9 +191,9 @@ def _states(place: Place) -> _States:
 
 
 def _zero_2(place: Place, count: int, share: int, optimizer: int) -> _States:
-    """Its bucket holds gradients as they come. Offloading keeps two more copies of the share's gradients, one of its
-    weights, and two of the largest weight."""
-    element, bucket = place.element, place.element * min(BUCKET, count)
+    """Its buckets hold gradients as they come, one while the other is reduced. Offloading keeps two more copies of the
+    share's gradients, one of its weights, and two of the largest weight."""
+    element, bucket = place.element, 2 * place.element * min(BUCKET, count)
     weights, gradients = element * count, FLOAT * share
     if not place.layout.offload:
         return _States(weights, optimizer, gradients, 0, 0, bucket, 0, 0)
