@@ -302,6 +302,8 @@ class Run:
             raise self._unwritten(f"the checkpoint of step {self.saver.step}", error) from error
 
     def _unwritten(self, what: str, error: OSError) -> UserError:
+        with contextlib.suppress(Exception):
+            self.saver.wait()  # one that is under way may yet be the last good one
         steps = checkpoint.list_steps(self.folder)
         last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
         return UserError(

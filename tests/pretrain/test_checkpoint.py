@@ -8,9 +8,11 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -246,7 +248,15 @@ def test_a_disk_that_fills_for_tensorboard_is_told_once(small_disk: Path, tmp_pa
 
 
 def metrics_to_a_full_disk(step: int) -> None:
-    """From this step on the file of metrics finds no space: /dev/full refuses every write, as the kernel does then."""
+    """From this step on the file of metrics finds no space: /dev/full refuses every write, as the kernel does then. The
+    checkpoint of two steps before is still on its way to a slow disk."""
+    write = storage._write_file
+
+    def slowly(*args: Any) -> Any:
+        threading.Event().wait(0.3)
+        return write(*args)
+
+    storage._write_file = slowly
     from pretrain.metrics import Metrics
 
     def replace(metrics: Metrics, fields: dict[str, object]) -> None:
