@@ -248,20 +248,24 @@ def test_a_disk_that_fills_for_tensorboard_is_told_once(small_disk: Path, tmp_pa
 
 
 def metrics_to_a_full_disk(step: int) -> None:
-    """From this step on the file of metrics finds no space: /dev/full refuses every write, as the kernel does then. The
-    checkpoint of two steps before is still on its way to a slow disk."""
-    write = storage._write_file
-
-    def slowly(*args: Any) -> Any:
-        threading.Event().wait(0.3)
-        return write(*args)
-
-    storage._write_file = slowly
+    """From this step on the file of metrics finds no space: /dev/full refuses every write, as the kernel does then. All
+    is written of the second checkpoint, that of step 4, but its folder is still to be put in its place."""
     from pretrain.metrics import Metrics
 
+    written = threading.Semaphore(0)
+    put = saving._put_in_place
+
+    def slowly(*args: Any) -> None:
+        written.release()
+        threading.Event().wait(0.3)
+        put(*args)
+
     def replace(metrics: Metrics, fields: dict[str, object]) -> None:
+        for _ in range(2):
+            assert written.acquire(timeout=30)
         metrics._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
 
+    saving._put_in_place = slowly
     running._on_call(Metrics, "write", step, replace)
 
 
