@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sysconfig
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -19,6 +20,10 @@ for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME
     os.environ[_variable] = str(Path(_CACHE.name) / _variable.lower())
 for _variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_variable, None)
+
+# A shell starts what runs in its background with Ctrl-C ignored, and every process from here on would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

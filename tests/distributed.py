@@ -99,7 +99,7 @@ def start_python(
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     changes = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})}
     environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
-    return subprocess.Popen(
+    return Started(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,
         env=environment,
@@ -110,6 +110,15 @@ def start_python(
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
+
+
+class Started(subprocess.Popen[str]):
+    """As a context, it is killed where a test fails, which would else wait for its end."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self.kill()
+        super().__exit__(kind, error, traceback)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
