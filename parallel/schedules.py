@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel.grid import Grid
 from parallel.stages import Stage
 
-MicroBatch = tuple[Tensor, ...]
+MicroBatch = tuple[Tensor | None, ...]  # what the first stage takes; the first is (B, S)
 NoSync = Callable[[], AbstractContextManager[None]]
 
 
@@ -74,7 +74,9 @@ class Schedule:
         sources = [iter(batches) for _ in self.stages]
         several = len(self.stages) > 1
         slices = layout.context * (layout.tensor if layout.sequence else 1)
-        B, S = batches[0][0].shape
+        inputs = batches[0][0]
+        assert inputs is not None
+        B, S = inputs.shape
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=sources if several else sources[0],

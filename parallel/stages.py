@@ -64,7 +64,7 @@ class Stage(nn.Module):
         """megatron-core hands over what the previous stage sent."""
         self._received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, batch: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, batch: tuple[Tensor | None, ...]) -> Tensor:
         output = self._run(*batch, hidden=None if self.cut.first else self._received)
         return output if self.cut.last else output.contiguous()
 

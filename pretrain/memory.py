@@ -264,7 +264,8 @@ def attention_saved(place: Place, layer: int) -> int:
     window = model.window(layer)
     windowed = window is not None and window < length
     dropout = model.attention_dropout_rate > 0
-    if not windowed and model.positions != "alibi" and not dropout:
+    alone = not place.config.objective.attention_across_documents
+    if not windowed and not alone and model.positions != "alibi" and not dropout:
         return attention_inputs(place) + FLOAT * place.rows * heads
     span, area = visible(length, window if windowed else None)
     shared = place.layout.context
@@ -272,8 +273,11 @@ def attention_saved(place: Place, layer: int) -> int:
     groups = max(model.kv_heads // place.layout.tensor // shared, 1)
     copies = 2 * element * place.config.batch.micro_size * span * groups * model.size_of_head
     kept = FLOAT + (1 if dropout else 0)
-    again = element if dropout or element != FLOAT or windowed else 0  # the probabilities as they are multiplied
-    return queries + copies + place.config.batch.micro_size * (heads // shared) * area * (kept + again)
+    again = (
+        element if dropout or element != FLOAT or windowed or alone else 0
+    )  # the probabilities as they are multiplied
+    maps = area if alone else 0  # who sees whom, a byte a pair, is each sequence's own then
+    return queries + copies + place.config.batch.micro_size * ((heads // shared) * area * (kept + again) + maps)
 
 
 def visible(length: int, window: int | None) -> tuple[int, int]:

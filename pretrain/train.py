@@ -127,7 +127,7 @@ class Run:
         targets, stop, failed = self.grid.total_on_host(ours, self.interrupt.asked, self.saver.failed)
         if failed:
             self.finish_saving()  # which raises
-        batches = [Batch(*(tensor.to(self.grid.device) for tensor in batch)) for batch in made]
+        batches = [batch.to(self.grid.device) for batch in made]
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:

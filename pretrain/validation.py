@@ -63,4 +63,4 @@ class Validation:
         known = np.where(past, 0, numbers)
         batch = self.objective(torch.from_numpy(known), torch.from_numpy(self.stream.read(known)))
         mask = batch.mask * torch.from_numpy(~past).to(batch.mask.dtype)[:, None]
-        return Batch(*(tensor.to(self.grid.device) for tensor in batch._replace(mask=mask)))
+        return batch._replace(mask=mask).to(self.grid.device)

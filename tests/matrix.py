@@ -45,8 +45,9 @@ precision: {compute: fp32, compile: never}
 run: {dir: nowhere, seed: 1}
 """
 MODELS = {
-    "llama": "model.positions=rope model.norm=rms model.activation=swiglu model.biases=false model.num_kv_heads=2",
-    "gpt2": "model.positions=learned model.activation=gelu-tanh",
+    "llama": "model.positions=rope model.norm=rms model.activation=swiglu model.biases=false model.num_kv_heads=2 "
+    "objective.attention_across_documents=false",
+    "gpt2": "model.positions=learned model.activation=gelu-tanh objective.attention_across_documents=false",
     "untied": "model.positions=alibi model.norm=rms model.activation=geglu model.tie_embeddings=false",
     "2017": "model.positions=sinusoidal model.norm_position=post model.activation=relu model.attention_window=[null,8]",
 }

@@ -174,7 +174,7 @@ def key_kernel(
         if DROPOUT:
             noise = site_key(keys, batch, head + first_head, site)
         for part in tl.static_range(3):
-            if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+            if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
                 sum_k, sum_v = _walk_queries(
                     sum_k, sum_v, keys_tile, values, q, grad, lse + row, delta + row, noise, columns, first, last,
                     batch, head,
@@ -314,7 +314,7 @@ def query_kernel(
         noise = row_keys(site_key(keys, batch, head + first_head, site), rows + first_query)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+        if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
             acc = _walk_keys(
                 acc, queries, above, sums, shares, k, v, noise, rows, first, last, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),

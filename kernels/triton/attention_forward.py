@@ -144,7 +144,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
     for part in tl.static_range(3):
-        if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+        if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
             acc, total, maximum = _walk(
                 acc, total, maximum, queries, k, v, rows, first, last, noise, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),

@@ -14,3 +14,7 @@ class ObjectiveConfig(Section):
     loss_across_documents: bool = meaning(
         True, "whether a document's first token, predicted from the one before, counts"
     )
+    attention_across_documents: bool = meaning(
+        True,
+        "whether a token sees the documents before its own in the sequence; if not, positions begin anew with each",
+    )

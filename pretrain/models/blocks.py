@@ -34,6 +34,7 @@ class Context(NamedTuple):
     cos: Tensor | None = None  # (S, D/2) float32 rotary angles of the positions
     sin: Tensor | None = None
     slopes: Tensor | None = None  # (n,) float32 ALiBi slopes of this rank's heads
+    documents: Tensor | None = None  # (B, S of all context ranks) int32: who sees whom; None: all
     first: int = 0  # place of the first position: that many stand in the caches
 
 
@@ -94,6 +95,7 @@ class Attention(nn.Module):
             causal=True,
             window=self.window,
             slopes=context.slopes,
+            documents=context.documents,
             dropout=self.dropout if self.training else 0.0,
             keys=context.sample_keys,
             site=self.site,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -106,18 +107,20 @@ class GPT(nn.Module):
         targets: Tensor | None,
         mask: Tensor | None,
         sample_keys: Tensor | None,
+        documents: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """inputs and targets (B, S) ids, mask (B, S), sample_keys (B,), hidden (B, s, H) from the stage before.
+        """inputs and targets (B, S) ids, mask (B, S), sample_keys (B,), documents (B, S) numbers of the documents if each
+        is to be seen alone, hidden (B, s, H) from the stage before.
 
         Returns hidden (B, s, H), or on the last stage the cross-entropy summed over the targets, a float32 scalar.
         """
         inputs, targets, mask = (None if x is None else self.parts.own(x) for x in (inputs, targets, mask))
         length = self._length(inputs, targets, hidden)
         place = self.parts.first_place(length)
-        x = self._embed(inputs, sample_keys, place) if self.is_first else hidden
+        x = self._embed(inputs, sample_keys, documents, place) if self.is_first else hidden
         assert x is not None, "a stage that is not the first takes `hidden`"
-        context = self._context(length, sample_keys, place)
+        context = self._context(length, sample_keys, documents, place)
         for block in self.blocks.values():
             if self._recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
@@ -135,8 +138,8 @@ class GPT(nn.Module):
             raise ValueError("logits need the whole model on one stage")
         if first and caches is None:
             raise ValueError(f"the positions before {first} are missing: pass the caches that hold them")
-        x = self._embed(inputs, None, first)
-        context = self._context(inputs.shape[1], None, first)._replace(first=first)
+        x = self._embed(inputs, None, None, first)
+        context = self._context(inputs.shape[1], None, None, first)._replace(first=first)
         for name, block in self.blocks.items():
             x = block(x, context, None if caches is None else caches[name])
         return self.head.logits(self._final(x))
@@ -158,25 +161,31 @@ class GPT(nn.Module):
         slices = self.parts.axis.size if self.parts.axis.sequence else 1
         return hidden.shape[1] * slices
 
-    def _embed(self, inputs: Tensor | None, sample_keys: Tensor | None, first: int = 0) -> Tensor:
+    def _embed(self, inputs: Tensor | None, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Tensor:
         assert inputs is not None, "the first stage takes `inputs`"
         last = self._check_length(first, inputs.shape[1])
         x = self.embedding(inputs)
-        if self.config.positions == "learned":
-            x = x + self.parts.scatter(self.positions[None, first:last])
-        if self.config.positions == "sinusoidal":
-            x = x + self.parts.scatter(self.waves.values[None, first:last]).to(x.dtype)
+        if self.config.positions in ("learned", "sinusoidal"):
+            table = self.positions if self.config.positions == "learned" else self.waves.values
+            rows = table[None, first:last] if documents is None else F.embedding(self._places(documents), table)
+            x = x + self.parts.scatter(rows).to(x.dtype)
         rate = self.config.embedding_dropout_rate if self.training else 0.0
         return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
 
-    def _context(self, length: int, sample_keys: Tensor | None, first: int) -> Context:
+    def _places(self, documents: Tensor) -> Tensor:
+        """(B, S) places of this context rank's positions, each in its document."""
+        places = torch.arange(documents.shape[1], device=documents.device)
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        return self.parts.own(places - torch.where(begins, places, 0).cummax(dim=1).values)
+
+    def _context(self, length: int, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Context:
         """Of the positions first : first + length."""
         cos, sin, slopes = None, None, None
         if self.config.positions == "rope":
             cos, sin = self.angles.values[:, first : self._check_length(first, length)]
         if self.config.positions == "alibi":
             slopes = self.slopes.values
-        return Context(sample_keys, cos, sin, slopes)
+        return Context(sample_keys, cos, sin, slopes, documents)
 
     def _check_length(self, first: int, length: int) -> int:
         """The place after the last position; ValueError if the tables of positions do not reach it."""

@@ -18,16 +18,23 @@ class CausalConfig(Protocol):
     def loss_across_documents(self) -> bool:
         """Whether the first token of a document counts in the loss (predicted from the end of the one before)."""
 
+    @property
+    def attention_across_documents(self) -> bool:
+        """Whether a position also sees the documents before its own in the sequence."""
+
 
 class Causal:
     """Makes a micro-batch: a pure function of sample numbers, their tokens, the seed and the configuration."""
 
     def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
-        self.across_documents = config.loss_across_documents
+        self.loss_across, self.attention_across = config.loss_across_documents, config.attention_across_documents
         self.eos, self.seed = eos, seed
 
     def __call__(self, numbers: Tensor, tokens: Tensor) -> Batch:
         """numbers (B,) int64; tokens (B, S + 1) int64. Inputs are the first S, targets the last S of each row."""
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        counted = torch.ones_like(inputs, dtype=torch.bool) if self.across_documents else inputs != self.eos
-        return Batch(inputs, targets, counted.to(torch.float32), noise.sample_keys(self.seed, numbers))
+        ends = inputs == self.eos
+        counted = torch.ones_like(ends) if self.loss_across else ~ends
+        # A document's end is its last token.
+        documents = None if self.attention_across else (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
+        return Batch(inputs, targets, counted.to(torch.float32), noise.sample_keys(self.seed, numbers), documents)

@@ -91,7 +91,11 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
     with mock.patch.object(flash_launch, "capability", lambda _: device):
         recorders = {}
         patches = []
-        for module, name in ((attention_forward, "forward"), (attention_backward, "key"), (attention_backward, "query")):
+        for module, name in (
+            (attention_forward, "forward"),
+            (attention_backward, "key"),
+            (attention_backward, "query"),
+        ):
             recorders[name] = Recorder(getattr(module, f"{name}_kernel"))
             patches.append(mock.patch.object(module, f"{name}_kernel", recorders[name]))
         patches.append(mock.patch.object(attention_backward, "delta_kernel", Recorder(attention_backward.delta_kernel)))
@@ -116,7 +120,14 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
     packed = torch.zeros(2, 4096, 3, 4, case.size + shift, dtype=dtype)[..., shift:]
     q, k, v = packed.unbind(2)
     options = Options(
-        kind["causal"], kind.get("window", 0), kind.get("dropout", 0.0), 3, 0, 0, case.size**-0.5, kind.get("softcap", 0.0)
+        kind["causal"],
+        kind.get("window", 0),
+        kind.get("dropout", 0.0),
+        3,
+        0,
+        0,
+        case.size**-0.5,
+        kind.get("softcap", 0.0),
     )
     slopes = torch.ones(4) if kind.get("slopes") else None
     keys = torch.zeros(2, dtype=torch.int32) if options.dropout else None
@@ -139,7 +150,9 @@ def numbers_of(compiled: Any) -> dict[str, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
         code = _tool("nvdisasm", "-c", str(path))
     register, stack = (int(re.findall(rf"\b{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA", "UTCHMMA", "UTMALDG")}
+    counts = {
+        name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA", "UTCHMMA", "UTMALDG")
+    }
     return {
         "registers": register,
         "stack": stack,

@@ -9,7 +9,6 @@ import torch
 from torch._C._profiler import _EventType
 
 from kernels.cross_entropy import chunk_rows
-from kernels.noise import sample_keys
 from parallel.grid import start_grid
 from parallel.layers import Parts
 from parallel.layout import Layout, ParallelConfig, rank_and_world
@@ -20,6 +19,8 @@ from pretrain import memory
 from pretrain.build import build, optimizer_options, stage_layers
 from pretrain.config.run import Config
 from pretrain.models.gpt import GPT
+from pretrain.objectives.batch import Batch
+from pretrain.objectives.causal import Causal
 from tests.distributed import run_ranks
 
 VOCABULARY = 300
@@ -38,10 +39,13 @@ MODELS = {
 }
 
 
-def config_of(model: dict[str, Any], compute: str = "fp32", micro: int = 2, **parallel: Any) -> Config:
+def config_of(
+    model: dict[str, Any], compute: str = "fp32", micro: int = 2, across: bool = True, **parallel: Any
+) -> Config:
     return Config.model_validate(
         {
             "version": 1,
+            "objective": {"attention_across_documents": across},
             "model": model,
             "data": {"train": "shards", "seq_length": 256},
             "batch": {"size": 4, "micro_size": micro},
@@ -64,11 +68,12 @@ def gpt(config: Config) -> GPT:
     return model.to(torch.bfloat16 if config.precision.compute == "bf16" else torch.float32)
 
 
-def batch_of(config: Config) -> tuple[torch.Tensor, ...]:
+def batch_of(config: Config) -> Batch:
     rows, length = config.batch.micro_size, config.data.seq_length
     ids = torch.arange(rows * (length + 1)).view(rows, length + 1) % VOCABULARY
     numbers = torch.arange(rows)
-    return ids[:, :-1], ids[:, 1:], torch.ones(rows, length), sample_keys(1, numbers)
+    objective = Causal(config.objective, eos=7, seed=1)
+    return objective(numbers, ids)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -95,6 +100,13 @@ def test_a_layer_keeps_what_autograd_saves(name: str, compute: str) -> None:
     two, three = (saved_bytes(config_of({**MODELS[name], "num_layers": layers}, compute)) for layers in (2, 3))
     expected = memory.saved_by_layer(whole(config_of(MODELS[name], compute)), layer=2)
     assert three - two == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_layer_that_sees_each_document_alone_keeps_what_autograd_saves(compute: str) -> None:
+    configs = [config_of({**LLAMA, "num_layers": layers}, compute, across=False) for layers in (2, 3)]
+    two, three = map(saved_bytes, configs)
+    assert three - two == pytest.approx(memory.saved_by_layer(whole(configs[1]), layer=2), rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

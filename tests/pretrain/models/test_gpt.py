@@ -177,6 +177,26 @@ def test_a_later_token_changes_no_earlier_loss_in_training() -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_documents_in_a_row_train_as_each_in_a_row_of_its_own(positions: str, recompute: str) -> None:
+    """Loss and every gradient: no document sees another, and its positions begin at 0."""
+    config = ModelConfig(**SMALL, positions=positions)
+    lengths = [[3, 1, 8], [12], [5, 7]]
+    numbers = [[number for number, length in enumerate(row) for _ in range(length)] for row in lengths]
+    inputs, targets, mask = make_batch()
+    packed, alone = make_gpt(config, VOCAB, LENGTH, recompute=recompute), make_gpt(config, VOCAB, LENGTH)
+    loss = packed(inputs, targets, mask, None, torch.tensor(numbers, dtype=torch.int32))
+    loss.backward()
+    parts = []
+    for row, cuts in enumerate(lengths):
+        pieces = zip(*(x[row].split(cuts) for x in (inputs, targets, mask)), strict=True)
+        parts += [loss_of(alone, *(x[None] for x in piece)) for piece in pieces]
+    torch.stack(parts).sum().backward()
+    assert loss.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-6)
+    assert_gradients_equal(gradients_of(packed), gradients_of(alone), 1e-5)
+
+
 @pytest.mark.parametrize(("windows", "reach"), [([1], 0), ([2, 4], 4), ([3, 3], 4), ([2, None], None), (3, 4)])
 def test_windows_of_the_layers_add_up(windows: Any, reach: int | None) -> None:
     """A layer that sees w tokens reaches w - 1 back."""
@@ -215,7 +235,7 @@ def test_stages_one_after_the_other_are_the_whole_model(tied: bool) -> None:
     keys = sample_keys(1, torch.arange(3))
     hidden = first(inputs, None, None, keys)
     assert hidden.shape == (3, LENGTH, 16)
-    assert torch.equal(second(None, targets, mask, keys, hidden), whole(inputs, targets, mask, keys))
+    assert torch.equal(second(None, targets, mask, keys, hidden=hidden), whole(inputs, targets, mask, keys))
     assert (second.tied_copy is not None) == tied
     assert first.tied_copy is None
     assert whole.tied_copy is None

@@ -18,6 +18,7 @@ NUMBERS = torch.tensor([4, 2**40 + 1])
 
 class Config(NamedTuple):
     loss_across_documents: bool
+    attention_across_documents: bool = True
 
 
 @pytest.mark.parametrize("across", [True, False])
@@ -44,6 +45,13 @@ def test_within_documents_their_first_tokens_do_not_count_but_their_ends_do() ->
     assert batch.mask[0, 1] == 1, "the end of a document is predicted"
 
 
+def test_documents_are_numbered_and_end_with_their_end() -> None:
+    batch = Causal(Config(False, attention_across_documents=False), EOS, seed=1)(NUMBERS, TOKENS)
+    assert batch.documents is not None and batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1]]
+    assert Causal(Config(False), EOS, seed=1)(NUMBERS, TOKENS).documents is None
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**62])
 def test_keys_are_those_of_seed_and_sample(seed: int) -> None:
     objective = Causal(Config(True), EOS, seed)
@@ -54,7 +62,7 @@ def test_keys_are_those_of_seed_and_sample(seed: int) -> None:
 
 
 def test_a_micro_batch_is_its_rows_of_the_batch() -> None:
-    objective = Causal(Config(False), EOS, seed=1)
+    objective = Causal(Config(False, attention_across_documents=False), EOS, seed=1)
     whole: tuple[Tensor, ...] = objective(NUMBERS, TOKENS)
     for row in range(2):
         part = objective(NUMBERS[row : row + 1], TOKENS[row : row + 1])
