@@ -103,7 +103,11 @@ class Averaging:
             return
         while len(self.sent) < len(self.buckets):
             self._send()
+        self._await_all_reduce()
+        self._begin()
+
+    def _await_all_reduce(self) -> None:
+        """A function of its own for its name, which a rank that waits in vain tells (`pretrain.heartbeat`)."""
         for flat, work in self.sent:
             work.wait()
             flat /= self.size
-        self._begin()
