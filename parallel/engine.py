@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from kernels.adamw import MOMENTS as MOMENTS
+from kernels.adamw import AdamW
 
 
 class AdamWOptions(NamedTuple):
@@ -86,8 +87,8 @@ def set_weights(engine: Engine, values: Callable[[str, nn.Parameter], Tensor]) -
     engine.publish()
 
 
-def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); no decay on norms and biases."""
+def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> AdamW:
+    """The optimizer of every engine, which DeepSpeed is given too; no decay on norms and biases."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
@@ -97,48 +98,21 @@ def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> torch.op
         for group, decay in ((decayed, options.weight_decay), (plain, 0.0))
         if group
     ]
-    # fused is 6 to 7 times faster than foreach on a CPU, and one launch on a GPU.
-    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
-
-
-def bound(optimizer: torch.optim.AdamW, norm: Tensor, clip_norm: float) -> Tensor:
-    """Have the optimizer's next step clip by this gradient norm, or change nothing where that is not finite: masters,
-    moments and step counters. Returns whether it is finite, (), bool. Reads nothing back.
-
-    torch's fused step does both in its own pass, by two attributes that were made for loss scaling.
-    """
-    # Where DeepSpeed keeps the optimizer on the host. torch's own copy there would not be waited for.
-    norm = norm.to(next(p.device for group in optimizer.param_groups for p in group["params"]))
-    finite = norm.isfinite()
-    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-    if clip_norm > 0:  # gradients are divided by this
-        optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0).to(torch.float32)  # type: ignore[attr-defined]
-    return finite
-
-
-def start_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor] | None = None) -> None:
-    """Make the moments before the first step, so that loading can write into them."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in held if parameters is None else parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS},
-        }
+    return AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon)
 
 
 class Counted:
-    """AdamW's step counter, which torch keeps once a parameter."""
+    """What an engine takes from its optimizer."""
 
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
 
     @property
     def updates(self) -> int:
-        return int(next(iter(self.optimizer.state.values()))["step"].item())
+        return self.optimizer.updates
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(count)
+        self.optimizer.updates = count
 
     def _set_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -12,7 +12,7 @@ Sums over different axes commute, so it does not matter which is done first, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-NORM_PART = 2**16  # elements: torch's float32 norm of three million on a CPU is wrong in the fifth digit
+from kernels.adamw import square_sum
 
 
 def main_gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -82,13 +82,19 @@ def counts_once(parameter: nn.Parameter, tensor_rank: int) -> bool:
     return tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
-def global_norm(parameters: list[nn.Parameter], gradients: list[Tensor], tensor_rank: int, group: Any) -> Tensor:
-    """Euclidean norm of the whole model's gradient, the same on every rank; group: tensor x pipeline ranks, or None."""
+def global_norm(
+    parameters: list[nn.Parameter],
+    gradients: list[Tensor],
+    tensor_rank: int,
+    group: Any,
+    total: Callable[[list[Tensor]], Tensor] = square_sum,
+) -> Tensor:
+    """Euclidean norm of the whole model's gradient, the same on every rank.
+
+    group: tensor x pipeline ranks, or None; total: the sum of the squares of some of the gradients, (), float64.
+    """
     ours = [g for p, g in zip(parameters, gradients, strict=True) if counts_once(p, tensor_rank)]
-    parts = [part for gradient in ours for part in gradient.reshape(-1).split(NORM_PART)]
-    square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    if parts:
-        square = torch.stack(list(torch._foreach_norm(parts))).double().square().sum()
+    square = total(ours) if ours else torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     if group is not None:
         dist.all_reduce(square, group=group)
     return square.sqrt()

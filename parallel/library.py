@@ -41,7 +41,7 @@ def import_deepspeed(cuda: bool) -> Any:
 
 def _leave_norms_on_the_device() -> None:
     """DeepSpeed 0.19.8 asks at every step whether the gradient norm is finite, and skips the step if not; to ask is to
-    wait for the device. Our optimizer leaves such a step out by itself (`parallel.engine.bound`)."""
+    wait for the device. Our optimizer leaves such a step out by itself (`AdamW.bound`)."""
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 

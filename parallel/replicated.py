@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parallel.averaging import Averaging, buckets_of
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw
 from parallel.gradients import global_norm, sum_slices, sum_tied
 from parallel.grid import Grid
 from parallel.stages import Stage, parameter_paths
@@ -38,7 +38,9 @@ class PlainEngine(Counted):
             self.parameters += group["params"]
             self.masters += masters
             group["params"] = masters
-        start_state(self.optimizer)
+        self.optimizer.start_state()
+        pairs = zip(self.masters, self.parameters, strict=True)
+        self.optimizer.copies = {master: p for master, p in pairs if p is not master}
         # From the last layer to the first, as the backward pass goes.
         self.averaging = Averaging(list(buckets_of(reversed(self.names))), grid.replica_group)
 
@@ -54,19 +56,19 @@ class PlainEngine(Counted):
                 master.grad, parameter._hp_grad = parameter._hp_grad, None  # type: ignore[attr-defined]
         gradients = [master.grad for master in self.masters if master.grad is not None]
         assert len(gradients) == len(self.masters), "a parameter took no part in the loss"
-        norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
-        applied = bound(self.optimizer, norm, self.options.clip_norm)
+        norm = global_norm(
+            self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group, self.optimizer.square_sum
+        )
+        applied = self.optimizer.bound(norm, self.options.clip_norm)
         self._set_rate(learning_rate)
         self.optimizer.step()
-        self.publish()
         self.optimizer.zero_grad(set_to_none=True)
         return Step(norm, applied)
 
     @torch.no_grad()
     def publish(self) -> None:
-        changed = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        if changed:
-            torch._foreach_copy_([p.data for p, _ in changed], [m.data for _, m in changed])
+        if self.optimizer.copies:
+            torch._foreach_copy_([*self.optimizer.copies.values()], [*self.optimizer.copies])
 
     def shares(self) -> Iterator[Share]:
         for parameter, master in zip(self.parameters, self.masters, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel import library
 from parallel.averaging import BUCKET, Averaging, Bucket, buckets_of
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw
 from parallel.gradients import accumulated, is_sliced, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
@@ -50,11 +50,12 @@ class DeepSpeedEngine(Counted):
             )
         self.modules: Sequence[Any] = [self.engine] if inside else stages
         self.zero = self.engine.optimizer
+        self._last: Step | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self._bound())
         if inside and not layout.offload:
             self._sum_slices_of_shares()
         self.averaging = self._average_ourselves() if bf16 and not inside else None
-        start_state(self.optimizer, self.zero.fp32_partitioned_groups_flat if self.stage == 3 else None)
+        self.optimizer.start_state(self.zero.fp32_partitioned_groups_flat if self.stage == 3 else None)
         self._shares = list(self._find_whole_shares() if self.stage == 3 else self._find_shares())
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -67,14 +68,18 @@ class DeepSpeedEngine(Counted):
             sum_slices(self.names, self.grid.tensor.group)
         sum_tied(self.tied, self.grid.embedding_group)
         self._set_rate(learning_rate)
+        self._last = None
         self.engine.step()
+        assert self._last is not None, "DeepSpeed did not step our optimizer"
         return self._last
 
     def _bound(self) -> None:
-        """As DeepSpeed is about to step our optimizer, once for each of its groups: the norm is known by now."""
+        """As DeepSpeed is about to step our optimizer, once for each of its groups: the norm is known by the first."""
+        if self._last is not None:
+            return
         norm = self.zero._global_grad_norm
         norm = norm.where(norm >= 0, torch.inf)  # what is not finite is -1 at stage 1
-        self._last = Step(norm, bound(self.optimizer, norm, self.options.clip_norm))
+        self._last = Step(norm, self.optimizer.bound(norm, self.options.clip_norm))
 
     def _average_ourselves(self) -> Averaging:
         """Stage 1 in bfloat16: DeepSpeed would reduce in `step` alone. Its float32 gradients lie one after the other in

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.adamw import AdamW
 from parallel.engine import Step
 from parallel.grid import start_grid
 from parallel.layout import Layout
@@ -115,3 +116,27 @@ def test_gradients_are_added_up_and_reduced_in_float32_under_bf16(layout: str) -
     found = [number for numbers in run_ranks(Layout.parse(layout).size, accumulated, layout) for number in numbers]
     assert len(found) == 9 * 10
     assert all(abs(number - (1 + 4 / 1024)) < 1e-4 for number in found)
+
+
+def steps_of_the_optimizer(text: str, compute: str) -> tuple[list[tuple[int, int]], bool]:
+    """Its launches and updates after each of two steps, and whether it is all that could have stepped."""
+    layout = Layout.parse(text)
+    grid = start_grid(layout, 60)
+    parallel = {"zero": layout.zero, "offload": layout.offload}
+    built = build(make_config(parallel, compute), grid, VOCABULARY)
+    optimizer = built.engine.optimizer  # type: ignore[attr-defined]
+    given = getattr(built.engine, "zero", None)
+    found = []
+    for _ in range(2):
+        take_step(built, layout, None, grid.rank)
+        found.append((optimizer.launches, built.engine.updates))
+    return found, type(optimizer) is AdamW and (given is None or given.optimizer is optimizer)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=2,offload", "dp=2,zero=3"])
+def test_our_optimizer_is_what_steps_at_every_stage(layout: str, compute: str) -> None:
+    """In one launch, or in one for each of its two groups where DeepSpeed steps them one by one; one update each time."""
+    one_by_one = "zero" in layout and (layout, compute) != ("dp=2,zero=1", "bf16")
+    for found, ours in run_ranks(Layout.parse(layout).size, steps_of_the_optimizer, layout, compute):
+        assert ours and found == ([(2, 1), (4, 2)] if one_by_one else [(1, 1), (2, 2)])
