@@ -137,7 +137,7 @@ def capability(q: Tensor) -> int:
     """10 times the compute capability; 0 for the interpreter."""
     if q.device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_devicecapability(q.device)
+    major, minor = torch.cuda.get_device_capability(q.device)
     return 10 * major + minor
 
 

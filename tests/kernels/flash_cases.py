@@ -7,7 +7,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -313,11 +313,8 @@ def shapes(setting: Setting) -> list[tuple[int, ...]]:
 
 def operator_arguments(setting: Setting) -> tuple[Any, ...]:
     """Of torch.ops.kernels.flash_attention, with gradients wanted."""
-    with mock.patch.object(torch.ops.kernels, "flash_attention", side_effect=Captured) as operator:
-        try:
-            flash_attention(*(x.requires_grad_() for x in tensors(setting)), **options_of(setting))
-        except Captured:
-            pass
+    with mock.patch.object(torch.ops.kernels, "flash_attention", side_effect=Captured) as operator, suppress(Captured):
+        flash_attention(*(x.requires_grad_() for x in tensors(setting)), **options_of(setting))
     return operator.call_args.args
 
 
