@@ -62,7 +62,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(
     assert launcher.returncode == code, err
     assert time.monotonic() - started < SPARE + (TIMEOUT if number == signal.SIGSTOP else 0.0)
     assert how in err and "Traceback" not in err and "Exception raised from" not in err
-    survivor = rf"rank {1 - victim} \(\S+\): step \d+, [a-z -]+: (lost|waited 3 s for) the others \((\w+ in \w+|in _await_all_reduce)\): "
+    waited = r"\w+ in \w+|in _await_all_reduce"
+    survivor = rf"rank {1 - victim} \(\S+\): step \d+, [a-z -]+: (lost|waited 3 s for) the others \(({waited})\): "
     assert re.search(rf"^ *{survivor}rank {victim} \(\S+\) did not answer", err, re.MULTILINE), err
     wait_until_gone([*ranks.values()])
     assert not any(map(alive, ranks.values()))
