@@ -62,6 +62,7 @@ bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/optimizer.py
 
 matrix: $(STAMP)
 	$(BIN)/python -m tests.matrix
