@@ -44,11 +44,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "documents": {"causal": True, "documents": True},
     "dropout": {"causal": True, "dropout": 0.1},
     "all": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "softcap": 30.0},
+    # Integers of 1 are compiled in, as constants that are no tensors.
+    "one": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "shape": (1, 1, 1)},
 }
 CASES = [
-    *(Case(d, "bfloat16", size, kind) for d in SHARED_LIMIT for size in (64, 128) for kind in KINDS if kind != "all"),
+    *(
+        Case(d, "bfloat16", size, kind)
+        for d in SHARED_LIMIT
+        for size in (64, 128)
+        for kind in KINDS
+        if kind not in ("all", "one")
+    ),
     *(Case(d, "bfloat16", 256, "causal") for d in SHARED_LIMIT),
     *(Case(90, "bfloat16", size, "all") for size in (64, 128)),
+    *(Case(d, "bfloat16", 64, "one") for d in SHARED_LIMIT),
     *(Case(d, "float16", size, "causal") for d in SHARED_LIMIT for size in (64, 128)),
     *(Case(d, "float32", size, "causal") for d in SHARED_LIMIT for size in (64, 128, 256)),
 ]
@@ -124,7 +133,8 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
 
     kind = dict(KINDS[case.kind])
     dtype = getattr(torch, case.dtype)
-    q, k, v = torch.zeros(2, 4096, 3, 4, case.size, dtype=dtype).unbind(2)
+    batch, length, heads = kind.get("shape", (2, 4096, 4))
+    q, k, v = torch.zeros(batch, length, 3, heads, case.size, dtype=dtype).unbind(2)
     options = Options(
         kind["causal"],
         kind.get("window", 0),
@@ -135,11 +145,11 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
         case.size**-0.5,
         kind.get("softcap", 0.0),
     )
-    slopes = torch.ones(4) if kind.get("slopes") else None
-    keys = torch.zeros(2, dtype=torch.int32) if options.dropout else None
+    slopes = torch.ones(heads) if kind.get("slopes") else None
+    keys = torch.zeros(batch, dtype=torch.int32) if options.dropout else None
     seen = None
     if kind.get("documents"):
-        numbers = torch.zeros(2, 4096, dtype=torch.int32)
+        numbers = torch.zeros(batch, length, dtype=torch.int32)
         seen = bounds(numbers, numbers)
     with recording(case.device) as recorders:
         low, high = (None, None) if seen is None else (seen.key_low, seen.key_high)

@@ -247,6 +247,13 @@ def test_a_device_without_tiles_is_refused(
         assert unsupported(q, q, q) == reason
 
 
+def test_what_the_options_need_is_told() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    assert "no gradient" in unsupported(q, q, q, slopes=torch.ones(2, requires_grad=True))
+    for keys in (None, torch.zeros(1, dtype=torch.int64)):
+        assert "int32 `keys`" in unsupported(q, q, q, dropout=0.1, keys=keys)
+
+
 def test_without_triton_the_reason_is_told() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
