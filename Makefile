@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SHARDS := shards/train/manifest.json
 
-.PHONY: help setup demo demo-parallel test check bench matrix clean
+.PHONY: help setup demo demo-parallel test check bench matrix torture clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
+	@echo "make torture        two hundred runs killed at random places and started again under other layouts (an hour)"
 	@echo "make bench          measure what the README claims"
 	@echo "make clean          remove caches and build leftovers (not .venv, shards/ and runs/)"
 
@@ -63,6 +64,10 @@ bench: $(STAMP) $(SHARDS)
 
 matrix: $(STAMP)
 	$(BIN)/python -m tests.matrix
+
+# One that failed again: make torture ARGS="--schedules 1 --first-seed SEED"
+torture: $(STAMP)
+	$(BIN)/python -m pytest -q tests/pretrain/test_torture.py --schedules 200 $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -374,4 +375,5 @@ def _main(config: Config, sources: Sources, heartbeat: Heartbeat) -> int:
         reason = over or train(run)
         (run.reporter.over if over else run.reporter.end)(run.state, reason)
     stop_grid()
-    return {"diverged": 1, "stopped": interrupt.exit_code}.get(reason, 0)
+    # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
+    return {"diverged": 1, "stopped": interrupt.exit_code or 128 + signal.SIGTERM}.get(reason, 0)

@@ -27,6 +27,12 @@ from tests.distributed import run_ranks, stop_zygote
 MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("torture", "runs killed at random places (tests/pretrain/test_torture.py)")
+    group.addoption("--schedules", type=int, default=5, help="schedules of kills (default: 5)")
+    group.addoption("--first-seed", type=int, default=0, help="seed of the first; the others' follow (default: 0)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     import torch
