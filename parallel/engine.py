@@ -8,6 +8,7 @@ applied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +53,10 @@ class Engine(Protocol):
     @property
     def modules(self) -> Sequence[Any]:
         """What the schedule calls, in place of this rank's stages."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around the backward passes of all micro-batches of a step but the last: gradients only accumulate. Outside,
+        their reduction over the replicas may begin."""
 
     def step(self, learning_rate: float) -> Step:
         """Finish the accumulated gradients, clip, update, clear."""
@@ -102,6 +107,8 @@ def bound(optimizer: torch.optim.AdamW, norm: Tensor, clip_norm: float) -> Tenso
 
     torch's fused step does both in its own pass, by two attributes that were made for loss scaling.
     """
+    # Where DeepSpeed keeps the optimizer on the host. torch's own copy there would not be waited for.
+    norm = norm.to(next(p.device for group in optimizer.param_groups for p in group["params"]))
     finite = norm.isfinite()
     optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
     if clip_norm > 0:  # gradients are divided by this

@@ -1,10 +1,13 @@
 """Finishing gradients: the sums that a layout owes before the optimizer may step.
 
 Who sums what, and where:
-- norms and row biases under sequence parallelism: over the tensor ranks, in a tensor hook (`parallel.layers`);
+- norms and row biases under sequence parallelism: over the tensor ranks, here, all in one flat reduction a step, where
+  their gradients have accumulated (at ZeRO 2 and 3 that is not `.grad`: `parallel.sharded`);
 - the tied embedding under pipelines: over its first and last stage, here, before the engine's step;
-- data-parallel replicas: the engine (DeepSpeed at ZeRO >= 1, `average` at stage 0);
+- data-parallel replicas: `parallel.averaging` at stages 0 and 1 (bfloat16), elsewhere DeepSpeed;
 - the global norm: every logical element once. Replicated parameters count on tensor rank 0, a tied copy not at all.
+
+Sums over different axes commute, so it does not matter which is done first, as long as all ranks do the same.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 NORM_PART = 2**16  # elements: torch's float32 norm of three million on a CPU is wrong in the fifth digit
-BUCKET = 2**25  # elements a flat reduction: large enough to fill a link, small enough to bound the copy
 
 
 def main_gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -27,39 +29,50 @@ def main_gradient(parameter: nn.Parameter) -> Tensor | None:
     return main if main is not None else parameter.grad
 
 
+def accumulated(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Their gradients, where they have accumulated."""
+    gradients = [main_gradient(parameter) for parameter in parameters]
+    assert all(gradient is not None for gradient in gradients), "a parameter took no part in the loss"
+    return gradients  # type: ignore[return-value]
+
+
+def is_sliced(parameter: nn.Parameter) -> bool:
+    """Whether it is whole on every tensor rank, but has seen only this rank's slice of the sequence."""
+    return getattr(parameter, "sequence_parallel", False)
+
+
+def sum_slices(parameters: Iterable[nn.Parameter], group: Any) -> None:
+    """Add up the gradients of those that saw a slice each, over the tensor ranks."""
+    sum_flat(accumulated(filter(is_sliced, parameters)), group)
+
+
+def sum_flat(tensors: list[Tensor], group: Any) -> None:
+    """Sum over the group's ranks, in place, in one reduction."""
+    if not tensors:
+        return
+    flat = _flatten_dense_tensors(tensors)
+    dist.all_reduce(flat, group=group)
+    torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(flat, tensors)))
+
+
+def sum_slices_in_backward(parameters: Iterable[nn.Parameter], group: Any) -> None:
+    """The same one by one, as the backward pass makes them: for engines that keep nothing to be summed later."""
+
+    def total(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in filter(is_sliced, parameters):
+        parameter.register_hook(total)
+
+
 def sum_tied(parameter: nn.Parameter | None, group: Any) -> None:
     """Add up the gradient of an embedding that the first and the last stage both hold."""
     if parameter is None or group is None:
         return
-    gradient = main_gradient(parameter)
-    assert gradient is not None, "the tied embedding has had no backward pass"
+    [gradient] = accumulated([parameter])
     dist.all_reduce(gradient, group=group)
-
-
-def average(gradients: list[Tensor], group: Any) -> None:
-    """Mean over the data-parallel replicas, in place, in flat buckets."""
-    size = dist.get_world_size(group)
-    if size == 1:
-        return
-    for bucket in _buckets(gradients):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat, group=group)
-        flat /= size
-        for gradient, whole in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-            gradient.copy_(whole)
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    filled = 0
-    for tensor in tensors:
-        if bucket and filled + tensor.numel() > BUCKET:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += tensor.numel()
-    if bucket:
-        yield bucket
 
 
 def counts_once(parameter: nn.Parameter, tensor_rank: int) -> bool:

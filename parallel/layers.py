@@ -290,17 +290,8 @@ def _cut(parameter: Any, axis: TensorAxis, dim: int) -> Any:
 
 
 def _summed(parameter: nn.Parameter, axis: TensorAxis) -> nn.Parameter:
-    """A replicated parameter that sees only this rank's slice of the sequence: its gradient is summed over the group.
-
-    As a tensor hook, because under ZeRO-2/3 and float32 accumulation the gradient has left `p.grad` before any later sum.
-    """
+    """Mark a replicated parameter that sees only this rank's slice of the sequence: the engine sums the gradients of all
+    such over the group (`parallel.gradients.sum_slices`)."""
     if axis.sequence and axis.size > 1:
         parameter.sequence_parallel = True  # type: ignore[attr-defined]
-
-        def total(gradient: Tensor) -> Tensor:
-            gradient = gradient.contiguous()
-            torch.distributed.all_reduce(gradient, group=axis.group)
-            return gradient
-
-        parameter.register_hook(total)
     return parameter

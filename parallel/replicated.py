@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from parallel.averaging import Averaging, buckets_of
 from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
-from parallel.gradients import average, global_norm, sum_tied
+from parallel.gradients import global_norm, sum_slices, sum_tied
 from parallel.grid import Grid
 from parallel.stages import Stage, parameter_paths
 
 
 class PlainEngine(Counted):
-    """ZeRO stage 0: gradients averaged in flat buckets, the whole optimizer on every data-parallel rank.
+    """ZeRO stage 0: gradients averaged in flat buckets during the last backward pass, the whole optimizer on every
+    data-parallel rank.
 
     With a bfloat16 model the masters are float32 copies, and gradients accumulate into float32 as each micro-batch's
     backward produces them (bfloat16 accumulation loses the small ones).
@@ -36,16 +39,21 @@ class PlainEngine(Counted):
             self.masters += masters
             group["params"] = masters
         start_state(self.optimizer)
+        # From the last layer to the first, as the backward pass goes.
+        self.averaging = Averaging(list(buckets_of(reversed(self.names))), grid.replica_group)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.averaging
 
     def step(self, learning_rate: float) -> Step:
+        self.averaging.finish()
+        sum_slices(self.names, self.grid.tensor.group)
         sum_tied(self.tied, self.grid.embedding_group)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad, parameter._hp_grad = parameter._hp_grad, None  # type: ignore[attr-defined]
         gradients = [master.grad for master in self.masters if master.grad is not None]
         assert len(gradients) == len(self.masters), "a parameter took no part in the loss"
-        if self.grid.replica_size > 1:
-            average(gradients, self.grid.replica_group)
         norm = global_norm(self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group)
         applied = bound(self.optimizer, norm, self.options.clip_norm)
         self._set_rate(learning_rate)

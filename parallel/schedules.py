@@ -6,7 +6,8 @@ by the global count of targets, so neither micro-batches nor ranks with fewer ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,18 +17,23 @@ from parallel.grid import Grid
 from parallel.stages import Stage
 
 MicroBatch = tuple[Tensor, ...]
+NoSync = Callable[[], AbstractContextManager[None]]
 
 
 class Schedule:
     """Drives the stages of one process.
 
-    `hidden_size` and `dtype` are those of the activations that stages exchange; `micro_size` sequences a micro-batch.
+    `hidden_size` and `dtype` are those of the activations that stages exchange; backward passes after which another one
+    of the same step and stage follows are within `no_sync()` (`parallel.engine.Engine.no_sync`).
     """
 
-    def __init__(self, stages: Sequence[Any], grid: Grid, hidden_size: int, dtype: torch.dtype) -> None:
-        self.stages, self.grid = stages, grid
+    def __init__(
+        self, stages: Sequence[Any], grid: Grid, hidden_size: int, dtype: torch.dtype, no_sync: NoSync = nullcontext
+    ) -> None:
+        self.stages, self.grid, self.no_sync = stages, grid, no_sync
         if grid.layout.pipeline > 1:
             config = _schedule_config(grid, hidden_size, dtype)
+            config.no_sync_func = no_sync
             for stage in stages:
                 stage.config, stage.model_type = config, _model_type()
 
@@ -44,11 +50,12 @@ class Schedule:
 
     def _run_alone(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
         total = torch.zeros((), device=self.grid.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with torch.set_grad_enabled(not forward_only):
                 loss = self.stages[0](batch)
             if not forward_only:
-                (loss * scale).backward()
+                with nullcontext() if number == len(batches) else self.no_sync():
+                    (loss * scale).backward()
             total += loss.detach()
         return total
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import library
+from parallel.averaging import Averaging, Bucket, buckets_of
 from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, bound, start_state
-from parallel.gradients import sum_tied
+from parallel.gradients import accumulated, is_sliced, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
 from parallel.stages import Stage, parameter_paths
@@ -36,6 +38,8 @@ class DeepSpeedEngine(Counted):
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
         inside = layout.zero > 1
+        if layout.offload:  # DeepSpeed takes the norm of each gradient while it copies it to the host
+            sum_slices_in_backward(self.names, grid.tensor.group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
             self.engine, *_ = library.deepspeed().initialize(
                 model=stages[0] if inside else nn.ModuleList(stages),
@@ -47,10 +51,20 @@ class DeepSpeedEngine(Counted):
         self.modules: Sequence[Any] = [self.engine] if inside else stages
         self.zero = self.engine.optimizer
         self.optimizer.register_step_pre_hook(lambda *_: self._bound())
+        if inside and not layout.offload:
+            self._sum_slices_of_shares()
+        self.averaging = self._average_ourselves() if bf16 and not inside else None
         start_state(self.optimizer, self.zero.fp32_partitioned_groups_flat if self.stage == 3 else None)
         self._shares = list(self._find_whole_shares() if self.stage == 3 else self._find_shares())
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.averaging or contextlib.nullcontext()
+
     def step(self, learning_rate: float) -> Step:
+        if self.averaging:
+            self.averaging.finish()
+        if self.stage == 1:
+            sum_slices(self.names, self.grid.tensor.group)
         sum_tied(self.tied, self.grid.embedding_group)
         self._set_rate(learning_rate)
         self.engine.step()
@@ -61,6 +75,35 @@ class DeepSpeedEngine(Counted):
         norm = self.zero._global_grad_norm
         norm = norm.where(norm >= 0, torch.inf)  # what is not finite is -1 at stage 1
         self._last = Step(norm, bound(self.optimizer, norm, self.options.clip_norm))
+
+    def _average_ourselves(self) -> Averaging:
+        """Stage 1 in bfloat16: DeepSpeed would reduce in `step` alone. Its float32 gradients lie one after the other in
+        a flat tensor for each of the optimizer's groups, so buckets are pieces of these and nothing is copied.
+
+        In float32 stage 1 stays as it is: DeepSpeed 0.19.8 reduces there what it cuts into shares, in one function, and
+        refuses `overlap_comm` without its own counting of micro-batches.
+        """
+        self.engine.enable_backward_allreduce = False  # as its own pipeline engine does
+        buckets = [bucket for group in self.zero.bf16_groups for bucket in buckets_of(reversed(group))]
+        return Averaging(buckets, self.grid.replica_group, _joined)
+
+    def _sum_slices_of_shares(self) -> None:
+        """Stages 2 and 3 move gradients out of `.grad` during the backward pass, into this rank's share of their mean
+        over the replicas. The tensor ranks hold like shares; they are summed when DeepSpeed has put the last in place."""
+        finalize = self.zero.finalize_gradient_accumulation_boundary
+
+        def finalize_and_sum() -> None:
+            finalize()
+            sum_flat(list(self._sliced_gradients()), self.grid.tensor.group)
+
+        self.zero.finalize_gradient_accumulation_boundary = finalize_and_sum
+
+    def _sliced_gradients(self) -> Iterator[Tensor]:
+        for number, parameters in enumerate(
+            self.zero.fp16_groups if self.stage == 3 else self.zero.params_in_partition
+        ):
+            held = (part for part in self.zero.averaged_gradients[number] if not getattr(part, "_zero_padding", False))
+            yield from (part for parameter, part in zip(parameters, held, strict=False) if is_sliced(parameter))
 
     def publish(self) -> None:
         if self.stage < 3:
@@ -108,13 +151,23 @@ class DeepSpeedEngine(Counted):
             yield Share(path, parameter, start, real, flat.data.narrow(0, offset, real), moments)
 
 
+def _joined(bucket: Bucket) -> Tensor:
+    """The flat piece that the float32 gradients of neighbours lie in, the bucket's last first."""
+    [*_, first] = accumulated(bucket)
+    return first.as_strided((sum(parameter.numel() for parameter in bucket),), (1,))
+
+
 def _deepspeed_config(layout: Layout, bf16: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # our optimizer clips; DeepSpeed's clipping reads the norm back
         "timers": {"throughput": {"enabled": False}},  # which waits for the device at every step
-        "zero_optimization": {"stage": layout.zero},
+        # Stage 2 reduces a bucket of gradients while the next is made, on a GPU's second stream (on a CPU, which has no
+        # streams, each reduction is waited for). Stage 3 does so by default, stage 1 may not. No value is read back for
+        # it, but DeepSpeed 0.19.8 waits as each backward pass ends: at stage 2 for the device
+        # (`overlapping_partition_gradients_reduce_epilogue`), at stage 3 for its second stream.
+        "zero_optimization": {"stage": layout.zero, "overlap_comm": layout.zero > 1},
         "zero_allow_untested_optimizer": True,
         "managed_gradient_accumulation": False,  # backward only accumulates; `step` is the boundary
         "steps_per_print": None,

@@ -45,7 +45,7 @@ def build(config: Config, grid: Grid, vocab_size: int) -> Built:
     dtype = DTYPES[config.precision.compute]
     stages = build_stages(config, grid, vocab_size, dtype, compiled)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
-    schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype)
+    schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
     set_weights(engine, lambda path, parameter: initial_values(path, parameter, config.run.seed))
     return Built(stages, schedule, engine, why)
 

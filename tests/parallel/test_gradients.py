@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import average, global_norm, sum_tied
+from parallel.gradients import global_norm, is_sliced, sum_tied
 from parallel.grid import start_grid
 from parallel.layout import Layout
+from parallel.stages import parameter_paths
+from pretrain.build import build
 from tests.distributed import run_ranks
+from tests.parallel.test_boxes import VOCABULARY, make_config
+from tests.parallel.test_zero import batch_of_tokens
 
 SIZES = [(3, 4), (7,), (2, 2), (11, 5), (1,)]
 
@@ -18,26 +25,6 @@ SIZES = [(3, 4), (7,), (2, 2), (11, 5), (1,)]
 def gradients(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*size, generator=generator) for size in SIZES]
-
-
-def averaged(buckets: list[int]) -> list[list[Tensor]]:
-    grid = start_grid(Layout(data=3), 60)
-    results = []
-    for bucket in buckets:
-        ours = gradients(grid.rank)
-        with mock.patch("parallel.gradients.BUCKET", bucket):
-            average(ours, grid.replica_group)
-        results.append(ours)
-    return results
-
-
-def test_average_is_the_mean_over_replicas_whatever_the_buckets() -> None:
-    replicas = [gradients(rank) for rank in range(3)]
-    expected = [sum(parts) / 3 for parts in zip(*replicas, strict=True)]
-    buckets = [1, 12, 20, 10**6]  # each alone, a few together, all in one
-    for ours in (ours for results in run_ranks(3, averaged, buckets) for ours in results):
-        for found, mean in zip(ours, expected, strict=True):
-            assert torch.allclose(found, mean, rtol=1e-6, atol=1e-7)
 
 
 def model_norm() -> tuple[float, float]:
@@ -75,3 +62,59 @@ def test_one_process_has_nothing_to_sum() -> None:
     parameters[0].grad = torch.ones(3, 4)
     sum_tied(parameters[0], None)
     assert parameters[0].grad.eq(1).all()
+
+
+# -- under sequence parallelism ----------------------------------------------------------------------------------------
+
+
+def sums_of_a_step(text: str, compute: str, micro_batches: int) -> tuple[list[int], list[int], int]:
+    """Sizes of all sums over the tensor ranks in a step; sizes of the parameters that saw a slice; how many elements of
+    theirs this rank keeps gradients of."""
+    layout = Layout.parse(text)
+    grid = start_grid(layout, 60)
+    axes = ("tensor", "sequence", "pipeline", "virtual", "zero")
+    config = make_config({axis: getattr(layout, axis) for axis in axes}, compute)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 8})})
+    built = build(config, grid, VOCABULARY)
+    built.train(True)
+    found: list[int] = []
+    original = torch.distributed.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        if group is grid.tensor.group:
+            found.append(tensor.numel())
+        return original(tensor, *args, group=group, **options)
+
+    with mock.patch("torch.distributed.all_reduce", all_reduce):
+        built.schedule.run([batch_of_tokens(8)] * micro_batches, scale=1 / 100)
+        built.engine.step(0.01)
+    sliced = [p for p in parameter_paths(built.stages) if is_sliced(p)]
+    kept = sum(s.numel for s in built.engine.shares() if is_sliced(s.parameter))
+    if layout.zero == 1:  # where gradients are still whole
+        kept = sum(p.numel() for p in sliced)
+    return found, [math.prod(p.local_shape) for p in sliced], kept  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("layout", "compute"),
+    [
+        ("tp=2,sp", "fp32"),
+        ("tp=2,sp", "bf16"),
+        ("tp=2,sp,pp=2,vp=2", "fp32"),
+        ("tp=2,sp,dp=2,zero=1", "fp32"),
+        ("tp=2,sp,dp=2,zero=1", "bf16"),
+        ("tp=2,sp,dp=2,zero=2", "fp32"),
+        ("tp=2,sp,dp=2,zero=2", "bf16"),
+        ("tp=2,sp,dp=2,zero=3", "bf16"),
+    ],
+)
+def test_gradients_of_slices_are_summed_in_one_reduction_a_step(layout: str, compute: str) -> None:
+    """However many parameters and micro-batches there are. The other sums are the loss's: two numbers for each of 4 x 8
+    tokens, or less."""
+    for found, sizes, kept in run_ranks(Layout.parse(layout).size, sums_of_a_step, layout, compute, 4):
+        assert len(sizes) > 8 and min(sizes) == 9 and kept > 2 * 4 * 8
+        of_gradients = [size for size in found if size > 2 * 4 * 8 or size in sizes]
+        if "zero=3" in layout:  # an odd parameter's last part is padded
+            assert len(of_gradients) == 1 and kept <= of_gradients[0] <= kept + len(sizes)
+        else:
+            assert of_gradients == [kept]

@@ -25,6 +25,7 @@ def places(layouts: list[str]) -> list[dict[str, Any]]:
                 "groups": [None if group is None else dist.get_process_group_ranks(group) for group in groups],
                 "edges": (grid.first_stage, grid.last_stage, grid.reads_loss),
                 "total": grid.total(torch.tensor([float(grid.rank)])).item(),
+                "on host": grid.total_on_host(grid.rank + 0.5, grid.rank == 3),
                 "first": grid.from_first(f"rank {grid.rank}"),
             }
         )
@@ -54,7 +55,7 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline() -> None:
             ends = [tensor + T * (data + D * p) for p in (0, P - 1)]
             assert embedding_group == (ends if P > 1 and stage in (0, P - 1) else None)
             assert found["edges"] == (stage == 0, stage == P - 1, stage == P - 1 and tensor == 0)
-            assert (found["total"], found["first"]) == (28.0, "rank 0")
+            assert (found["total"], found["on host"], found["first"]) == (28.0, [32.0, 1.0], "rank 0")
         assert sum(ranks[rank][number]["edges"][2] for rank in range(8)) == D, "each replica's loss is read once"
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.gradients import sum_slices
 from parallel.grid import start_grid
 from parallel.layers import Parts, TensorAxis, padded_vocabulary
 from parallel.layout import Layout, rank_and_world
@@ -97,6 +98,7 @@ def check(make: Callable[[Parts], nn.Module], axis: TensorAxis, x: Tensor, sides
     cotangent = numbers(*y.shape, seed=7)
     y.backward(cotangent)
     z.backward(cut(cotangent))
+    sum_slices(share.parameters(), axis.group)
     close(ours.grad, part(whole.grad, sides.x, axis), "input gradient")
     check_gradients(twin, share)
 
@@ -138,6 +140,7 @@ def check_table(axis: TensorAxis) -> None:
     (
         Parts(axis).scatter(table[None].expand(B, S, H)) * part(cotangent, 1 if axis.sequence else None, axis)
     ).sum().backward()
+    sum_slices([table], axis.group)
     close(table.grad, whole.grad, "gradient of the positions")
 
 

@@ -56,10 +56,10 @@ def steps(text: str, compute: str, spoils: list[list[float | None]]) -> list[lis
     return [[take_step(built, layout, spoil, grid.rank) for spoil in of] for built, of in trainings]
 
 
-def batch_of_tokens() -> tuple[Tensor, ...]:
+def batch_of_tokens(length: int = 7) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
-    inputs, targets = torch.randint(0, VOCABULARY, (2, 4, 7), generator=generator)
-    return inputs, targets, torch.ones(4, 7), torch.zeros(4, dtype=torch.int32)
+    inputs, targets = torch.randint(0, VOCABULARY, (2, 4, length), generator=generator)
+    return inputs, targets, torch.ones(4, length), torch.zeros(4, dtype=torch.int32)
 
 
 def accumulated(text: str) -> list[float]:
