@@ -86,7 +86,12 @@ def _record_steps(path: Path) -> None:
             (number, xxhash.xxh64_intdigest(row.tobytes(), seed=number), xxhash.xxh64_intdigest(row.tobytes()))
             for number, row in zip(data.numbers.tolist(), rows.numpy().astype("<u4"), strict=True)
         ]
-        line = {"step": run.state.step, "slice": run.grid.data_rank, "applied": update.applied, "samples": samples}
+        line = {
+            "step": run.state.step,
+            "slice": run.grid.data_rank,
+            "applied": bool(update.applied),
+            "samples": samples,
+        }
         os.write(file, json.dumps(line).encode() + b"\n")
 
     Run.advance = recorded  # type: ignore[method-assign]
