@@ -80,8 +80,9 @@ class DeepSpeedEngine(Counted):
         """Stage 1 in bfloat16: DeepSpeed would reduce in `step` alone. Its float32 gradients lie one after the other in
         a flat tensor for each of the optimizer's groups, so buckets are pieces of these and nothing is copied.
 
-        In float32 stage 1 stays as it is: DeepSpeed 0.19.8 reduces there what it cuts into shares, in one function, and
-        refuses `overlap_comm` without its own counting of micro-batches.
+        In float32 stage 1 stays as it is: DeepSpeed 0.19.8 reduces and cuts into shares in one function there, and
+        refuses `overlap_comm` where it does not count the micro-batches itself. The wait is all exposed: 38 of a step's
+        346 ms with two replicas of 3.7M parameters over gloo, where stage 0 waits for 10 of 297.
         """
         self.engine.enable_backward_allreduce = False  # as its own pipeline engine does
         buckets = [bucket for group in self.zero.bf16_groups for bucket in buckets_of(reversed(group))]
