@@ -1,4 +1,4 @@
-"""Softmax attention with a causal mask, a window, linear biases and dropout: softmax(q k^T * scale + bias) v.
+"""Softmax attention with causal, window and document masks, linear biases and dropout: softmax(q k^T * scale + bias) v.
 
 The plain-torch path works in blocks of queries: a block multiplies only the keys that one of its queries may see, so a
 causal mask saves nearly half of the products and a window nearly all. Inside torch.compile the masking, softmax and dropout
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.documents import numbered
 from kernels.noise import keep_mask, split_keys
 
 MASKED = -1e30  # finite, so that a row without any visible key has no NaN; exp(MASKED - maximum) is exactly 0
@@ -33,31 +34,41 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     slopes: Tensor | None = None,
+    documents: Tensor | None = None,
+    query_documents: Tensor | None = None,
     dropout: float = 0.0,
     keys: Tensor | None = None,
     site: int = 0,
     first_head: int = 0,
     first_query: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """q (B, S, N, D), k and v (B, T, G, D) -> (B, S, N, D).
 
     causal: query i, at place first_query + i of the keys, sees keys up to its own place. window: it sees places less than
     `window` away, itself included. slopes (N,): adds -slope * distance to the scores (Press et al. 2022, "ALiBi").
+    documents (B, T) int: a query sees its own document only, the unbroken run of its number (`kernels.documents`); keys
+    elsewhere (cross-attention) need the queries' own numbers too, query_documents (B, S), neither decreasing.
     dropout, of the probabilities: the mask is a hash of keys (B,) (`kernels.noise.sample_keys`), site, first_head + head,
     query and key. first_query: where q begins among the keys, for a key/value cache. scale: 1 / sqrt(D) unless given.
+    softcap: scores become softcap * tanh(scores / softcap), before ALiBi (Gemma Team 2024, "Gemma 2").
     """
     _check(q, k, v, window, dropout, keys)
     length, total = q.shape[1], k.shape[1]
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     if window is not None and window >= max(total, first_query + length):
         window = None
+    numbers = None if documents is None else numbered(documents, query_documents, first_query, length)
     if causal and window is None and length and first_query + 1 >= total:
         causal = False  # nothing is masked: the last query, or one query with a cache
     aligned = not causal or (first_query == 0 and length == total)
-    if window is None and slopes is None and dropout == 0.0 and aligned and _library_is_faster(q):
+    plain = window is None and slopes is None and numbers is None and softcap is None and dropout == 0.0
+    if plain and aligned and _library_is_faster(q):
         return _library(q, k, v, causal, scale)
-    return _blocks(q, k, v, causal, window, slopes, dropout, keys, site, first_head, first_query, scale)
+    return _blocks(
+        q, k, v, causal, window, slopes, numbers, dropout, keys, site, first_head, first_query, scale, softcap
+    )
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -102,12 +113,14 @@ def _blocks(
     causal: bool,
     window: int | None,
     slopes: Tensor | None,
+    numbers: tuple[Tensor, Tensor] | None,
     dropout: float,
     keys: Tensor | None,
     site: int,
     first_head: int,
     first_query: int,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     batch, length, heads, size = q.shape
     total, groups = k.shape[1], k.shape[2]
@@ -129,9 +142,14 @@ def _blocks(
             continue
         product = torch.bmm(here, k[:, :, low:high].reshape(batch * groups, high - low, size).transpose(1, 2))
         scores = _wide(product).view(batch, groups, ratio, stop - start, high - low) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         places = torch.arange(first_query + start, first_query + stop, device=q.device)
         columns = torch.arange(low, high, device=q.device)
-        weights = _probabilities(scores, places, columns, causal, window, slopes)
+        same = None
+        if numbers is not None:
+            same = (numbers[0][:, start:stop, None] == numbers[1][:, None, low:high])[:, None, None]
+        weights = _probabilities(scores, places, columns, causal, window, slopes, same)
         if head_keys is not None:
             keep = keep_mask(head_keys, site, places, columns, dropout).view(weights.shape)
             weights = torch.where(keep, weights * (1.0 / (1.0 - dropout)), 0.0)
@@ -153,22 +171,33 @@ def _visible(first: int, last: int, total: int, causal: bool, window: int | None
 
 
 def _probabilities(
-    scores: Tensor, places: Tensor, columns: Tensor, causal: bool, window: int | None, slopes: Tensor | None
+    scores: Tensor,
+    places: Tensor,
+    columns: Tensor,
+    causal: bool,
+    window: int | None,
+    slopes: Tensor | None,
+    same: Tensor | None,
 ) -> Tensor:
-    """Softmax over the visible keys of scores (B, G, R, S, T); places (S,) of the queries, columns (T,) of the keys."""
+    """Softmax over the visible keys of scores (B, G, R, S, T); places (S,) of the queries, columns (T,) of the keys.
+
+    same (B, 1, 1, S, T): whether query and key are of one document.
+    """
     distance = places[:, None] - columns[None, :]
     if slopes is not None:
         slopes = slopes.to(scores.dtype).view(scores.shape[1], scores.shape[2], 1, 1)
         scores = scores - slopes * distance.abs()
-    if not causal and window is None:
+    if not causal and window is None and same is None:
         return torch.softmax(scores, dim=-1)
     visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         visible = visible & (distance.abs() < window)
+    if same is not None:
+        visible = visible & same
     weights = torch.softmax(torch.where(visible, scores, MASKED), dim=-1)
-    if window is None:
+    if window is None and same is None:
         return weights  # every causal row sees at least one key of its block
-    return torch.where(visible, weights, 0.0)  # a row beyond the last key sees none
+    return torch.where(visible, weights, 0.0)  # a row beyond the last key, or whose document has no key, sees none
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import attention as module
 from kernels.attention import alibi_slopes, attention
+from kernels.documents import document_ids
 from kernels.noise import keep_mask, sample_keys, split_keys
 
 SITE = 9
@@ -54,17 +55,25 @@ def dense(
     first_query: int = 0,
     keep: Tensor | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    same: Tensor | None = None,
 ) -> Tensor:
-    """The definition, all scores at once. keep (B, N, S, T): which probabilities dropout leaves."""
+    """The definition, all scores at once. keep (B, N, S, T): which probabilities dropout leaves; same (B, S, T): of which
+    pairs the documents are the same."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     share = heads // k.shape[2]
     k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     scores = torch.einsum("bsnd,btnd->bnst", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         places = torch.arange(queries)[:, None] + first_query
         scores = scores - slopes[:, None, None] * (places - torch.arange(keys)[None, :]).abs()
     visible = visible_places(queries, keys, causal, window, first_query)
-    powers = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * visible
+    if same is not None:
+        visible = visible & same[:, None]
+    highest = scores.detach().masked_fill(~visible, -1e300).amax(-1, keepdim=True)
+    powers = torch.exp((scores - highest).masked_fill(~visible, -1e300)) * visible
     weights = powers / powers.sum(-1, keepdim=True).clamp(min=1e-300)
     if keep is not None:
         weights = weights * keep / (1 - dropout)
@@ -83,14 +92,14 @@ def assert_equals_dense(
 ) -> None:
     ours = tensors(shape, dtype)
     theirs = tuple(tensor.detach().double().requires_grad_() for tensor in ours)
-    slopes = options.pop("slopes", None)
+    slopes, same = options.pop("slopes", None), options.pop("same", None)
     if slopes is not None:
         slope = slopes.to(dtype).requires_grad_()
         ours, theirs = (*ours, slope), (*theirs, slopes.double().requires_grad_())
         out = attention(*ours[:3], slopes=slope, **options)
-        expected = dense(*theirs[:3], slopes=theirs[3], **options)
+        expected = dense(*theirs[:3], slopes=theirs[3], same=same, **options_of_dense(options))
     else:
-        out, expected = attention(*ours, **options), dense(*theirs, **options)
+        out, expected = attention(*ours, **options), dense(*theirs, same=same, **options_of_dense(options))
     assert out.dtype == dtype
     assert out.shape == ours[0].shape
     close(out, expected, tolerance)
@@ -98,6 +107,10 @@ def assert_equals_dense(
         ["q", "k", "v", "slopes"], gradients(out, ours), gradients(expected, theirs), strict=False
     ):
         close(found, wanted, tolerance, name)
+
+
+def options_of_dense(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ("documents", "query_documents")}
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float, name: str = "output") -> None:
@@ -198,6 +211,56 @@ def test_no_keys_at_all_give_zero(options: dict[str, Any], path: None) -> None:
 def test_probabilities_are_float32_whatever_the_type(options: dict[str, Any], path: None) -> None:
     assert_equals_dense(Shape(140, 140, groups=2), torch.float32, 3e-6, **options)
     assert_equals_dense(Shape(140, 140, groups=2), torch.bfloat16, 2e-2, **options)
+
+
+# -- documents and soft caps ---------------------------------------------------------------------------------------
+
+
+def documents_of(*lengths: int) -> Tensor:
+    """(1, T) numbers of documents of these lengths."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+PACKED = torch.cat((documents_of(1, 1, 68, 60), documents_of(130, 0, 0, 0)))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"slopes": alibi_slopes(4)}])
+def test_a_query_sees_its_own_document_alone(options: dict[str, Any]) -> None:
+    same = PACKED[:, :, None] == PACKED[:, None, :]
+    assert_equals_dense(Shape(130, 130, groups=2), documents=PACKED, same=same, **options)
+    late = {"first_query": 100, "same": same[:, 100:]}
+    assert_equals_dense(Shape(30, 130, groups=2), documents=PACKED, **late, **options)
+
+
+def test_a_document_is_computed_as_if_it_were_alone() -> None:
+    q, k, v = tensors(Shape(130, 130, groups=2, batch=1))
+    whole = attention(q, k, v, documents=documents_of(70, 1, 59))
+    for first, last in ((0, 70), (70, 71), (71, 130)):
+        close(attention(q[:, first:last], k[:, first:last], v[:, first:last]), whole[:, first:last], 1e-12)
+
+
+def test_a_number_that_comes_again_is_another_document() -> None:
+    q, k, v = tensors(Shape(9, 9))
+    numbers = torch.tensor([[5, 5, 5, 2, 2, 2, 5, 5, 5], [0, 0, 0, -1, -1, -1, 7, 7, 7]])
+    expected = attention(q, k, v, documents=documents_of(3, 3, 3).expand(2, 9))
+    torch.testing.assert_close(attention(q, k, v, documents=numbers), expected, rtol=0, atol=0)
+
+
+def test_a_query_sees_the_keys_of_its_document_elsewhere_and_zero_if_there_are_none() -> None:
+    queries, keys = documents_of(3, 4, 5).expand(2, 12), documents_of(6, 0, 14).expand(2, 20)
+    same = queries[:, :, None] == keys[:, None, :]
+    options = {"causal": False, "documents": keys, "query_documents": queries}
+    assert_equals_dense(Shape(12, 20), same=same, **options)
+    assert not attention(*tensors(Shape(12, 20)), **options)[:, 3:7].any()
+
+
+def test_documents_of_cumulated_lengths() -> None:
+    assert document_ids(torch.tensor([0, 3, 3, 5]), 7).tolist() == [[0, 0, 0, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False, "window": 5}, {"slopes": alibi_slopes(4)}])
+def test_softcap_bounds_the_scores(options: dict[str, Any]) -> None:
+    assert_equals_dense(Shape(70, 70, groups=2), softcap=0.7, **options)
 
 
 # -- dropout -------------------------------------------------------------------------------------------------------
@@ -312,6 +375,7 @@ def test_alibi_has_one_slope_a_head_and_no_two_alike(num_heads: int) -> None:
         (Shape(4, 4, heads=4, groups=3), {}, "N a multiple of G"),
         (Shape(4, 4), {"window": 0}, "at least 1"),
         (Shape(4, 4), {"dropout": 0.1}, "sample_keys"),
+        (Shape(4, 4), {"first_query": 1, "documents": torch.zeros(2, 4)}, "query_documents"),
     ],
 )
 def test_mistakes_are_told(shape: Shape, options: dict[str, Any], words: str) -> None:

@@ -1,0 +1,171 @@
+"""Launches of the attention kernels: grid, tile and variant, from shapes, types and alignment alone. Imports triton."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import tiles
+from kernels.documents import Bounds
+from kernels.flash import Options, capability
+from kernels.noise import _i32
+from kernels.triton import attention_backward, attention_forward
+
+LOG2_E = math.log2(math.e)
+FIRST_WITH_DESCRIPTORS = 90
+LARGEST_ROW = 1 << 22  # elements from a row to the next: a tile's own offsets are 32 bits, all others 64
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    keys: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """out (B, S, N, D) and lse (B, N, S): see `kernels.flash`."""
+    (batch, length, heads, size), (_, total, groups, _) = q.shape, k.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    if out.numel() == 0 or total == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    tile = tiles.tile("forward", capability(q), size, q.dtype)
+    flags = variant(q, options, slopes, low is not None)
+    rows, columns = (sides(flags, tile.rows, q), sides(flags, tile.columns, k, v))
+    attention_forward.forward_kernel[triton.cdiv(length, tile.rows), heads, batch](
+        *rows, *columns, out, lse, slopes, keys, low, high, strides(q), strides(k), strides(v),
+        length, total, heads, heads // groups, *scalars(options),
+        **walk_over_keys(options, flags, tile, total), **flags, **launched(tile),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes: Tensor | None,
+    keys: Tensor | None,
+    seen: Bounds | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, contiguous."""
+    (batch, length, heads, size), (_, total, groups, _) = q.shape, k.shape
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
+    flags = variant(q, options, slopes, seen is not None)
+    delta = torch.empty_like(lse)
+    rows = tiles.DELTA_ROWS
+    attention_backward.delta_kernel[triton.cdiv(length, rows), heads, batch](
+        out.contiguous(), grad, delta, strides(grad), length, heads,
+        SIZE=size, WIDTH=flags["WIDTH"], BLOCK_M=rows, enable_fp_fusion=True,
+    )  # fmt: skip
+    shared = (strides(q), strides(k), strides(v), strides(grad), length, total, heads, heads // groups)
+
+    tile = tiles.tile("key", capability(q), size, q.dtype)
+    tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
+    bounds = (None, None) if seen is None else (seen.query_low, seen.query_high)
+    attention_backward.key_kernel[triton.cdiv(total, tile.columns), groups, batch](
+        tall[0], *wide, tall[1], lse, delta, dk, dv, slopes, keys, *bounds, *shared, *scalars(options),
+        **walk_over_queries(options, flags, tile, length), **flags, **launched(tile),
+    )  # fmt: skip
+
+    tile = tiles.tile("query", capability(q), size, q.dtype)
+    tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
+    bounds = (None, None) if seen is None else (seen.key_low, seen.key_high)
+    attention_backward.query_kernel[triton.cdiv(length, tile.rows), heads, batch](
+        tall[0], *wide, tall[1], lse, delta, dq, slopes, keys, *bounds, *shared, *scalars(options),
+        **walk_over_keys(options, flags, tile, total), **flags, **launched(tile),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def variant(q: Tensor, options: Options, slopes: Tensor | None, documents: bool) -> dict[str, Any]:
+    """The compile-time arguments that do not depend on a tile."""
+    return {
+        "SIZE": q.shape[3],
+        "WIDTH": tiles.padded(q.shape[3]),
+        "CAUSAL": options.causal,
+        "WINDOW": options.window > 0,
+        "DOCUMENTS": documents,
+        "SLOPES": slopes is not None,
+        "SOFTCAP": options.softcap > 0,
+        "DROPOUT": options.dropout > 0,
+        "DESCRIPTOR": capability(q) >= FIRST_WITH_DESCRIPTORS,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # of float32 products alone
+    }
+
+
+def walk_over_keys(options: Options, flags: dict[str, Any], tile: tiles.Tile, total: int) -> dict[str, Any]:
+    """Tile sizes, and whether a walk over keys meets blocks seen in part before and after those seen whole."""
+    head = flags["WINDOW"] or flags["DOCUMENTS"]
+    tail = head or options.causal or total % tile.columns > 0
+    return {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "HEAD": head, "TAIL": tail}
+
+
+def walk_over_queries(options: Options, flags: dict[str, Any], tile: tiles.Tile, length: int) -> dict[str, Any]:
+    limited = flags["WINDOW"] or flags["DOCUMENTS"]
+    head, tail = limited or options.causal, limited or length % tile.rows > 0
+    return {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "HEAD": head, "TAIL": tail}
+
+
+def launched(tile: tiles.Tile) -> dict[str, Any]:
+    # Contraction to fused multiply-adds is off by default from Triton 3.10 on.
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def scalars(options: Options) -> tuple[int | float, ...]:
+    """first_query, window, first_head, site, threshold, keep_scale, scale, cap: in base 2 the last two."""
+    return (
+        options.first_query,
+        options.window,
+        options.first_head,
+        _i32(options.site * 0x9E3779B9),
+        math.floor(options.dropout * 2**32) - 2**31,
+        1.0 / (1.0 - options.dropout),
+        options.scale * LOG2_E,
+        options.softcap * LOG2_E,
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (B, S, N, D), or a copy if its rows do not begin at 16-byte steps, as descriptors and wide loads want them.
+
+    Views of a packed qkv do; a broadcast gradient, a transposed view or a head size of 20 pays the copy.
+    """
+    row = x.stride(1)
+    steps_fit = all(step > 0 and step * x.element_size() % 16 == 0 for step in strides(x))
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and steps_fit and row <= LARGEST_ROW:
+        return x
+    whole = 16 // x.element_size()
+    wide = x.new_empty(*x.shape[:3], -(-x.shape[3] // whole) * whole)
+    return wide[..., : x.shape[3]].copy_(x)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of x (B, S, N, D): batch, head, row."""
+    return x.stride(0), x.stride(2), x.stride(1)
+
+
+def sides(flags: dict[str, Any], rows: int, *tensors: Tensor) -> list[Any]:
+    """tensors (B, S, N, D) as a kernel loads tiles of `rows` from them: descriptors of (B, N, S, D), or as they are."""
+    if not flags["DESCRIPTOR"]:
+        return list(tensors)
+    block = [1, 1, rows, flags["WIDTH"]]
+    return [
+        TensorDescriptor(x, [x.shape[0], x.shape[2], x.shape[1], x.shape[3]], [*strides(x), 1], block) for x in tensors
+    ]
