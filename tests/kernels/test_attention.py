@@ -41,7 +41,8 @@ def visible_places(queries: int, keys: int, causal: bool, window: int | None, fi
         place = first_query + i
         return (not causal or j <= place) and (window is None or abs(place - j) < window)
 
-    return torch.tensor([[sees(i, j) for j in range(keys)] for i in range(queries)]).view(queries, keys)
+    pairs = [[sees(i, j) for j in range(keys)] for i in range(queries)]
+    return torch.tensor(pairs, dtype=torch.bool).view(queries, keys)
 
 
 def dense(
