@@ -75,8 +75,8 @@ def flash_attention(
         q,
         k,
         v,
-        slopes,
-        keys if dropout else None,
+        None if slopes is None else slopes.contiguous(),
+        keys.contiguous() if keys is not None and dropout else None,
         *seen,
         causal,
         window or 0,
@@ -112,8 +112,8 @@ def unsupported(
         return f"at most {LARGEST_GRID} sequences and heads are supported, found {batch} and {heads}"
     if slopes is not None and slopes.requires_grad:
         return "linear biases have no gradient here"
-    if dropout and keys is None:
-        return "dropout needs `keys`, one for each sequence: see kernels.noise.sample_keys"
+    if dropout and (keys is None or keys.dtype != torch.int32):
+        return "dropout needs int32 `keys`, one for each sequence: see kernels.noise.sample_keys"
     return _device_reason(q)
 
 
@@ -137,7 +137,7 @@ def capability(q: Tensor) -> int:
     """10 times the compute capability; 0 for the interpreter."""
     if q.device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_devicecapability(q.device)
+    major, minor = torch.cuda.get_device_capability(q.device)
     return 10 * major + minor
 
 
@@ -171,7 +171,8 @@ def _forward(
     from kernels import flash_launch as launch  # here, so that importing this module needs no triton
 
     options = Options(causal, window, dropout, site, first_head, first_query, scale, softcap)
-    return launch.forward(q, k, v, slopes, keys, key_low, key_high, options)
+    with torch.cuda.device_of(q):  # Triton launches on the current device; on a CPU this does nothing
+        return launch.forward(q, k, v, slopes, keys, key_low, key_high, options)
 
 
 @_forward.register_fake
@@ -211,7 +212,8 @@ def _backward(
     if key_low is not None:
         assert key_high is not None and query_low is not None and query_high is not None
         seen = Bounds(key_low, key_high, query_low, query_high)
-    return launch.backward(grad, q, k, v, out, lse, slopes, keys, seen, options)
+    with torch.cuda.device_of(q):
+        return launch.backward(grad, q, k, v, out, lse, slopes, keys, seen, options)
 
 
 @_backward.register_fake

@@ -79,10 +79,11 @@ def backward(
     tile = tiles.tile("key", capability(q), size, q.dtype)
     tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
     bounds = (None, None) if seen is None else (seen.query_low, seen.query_high)
-    attention_backward.key_kernel[triton.cdiv(total, tile.columns), groups, batch](
-        tall[0], *wide, tall[1], lse, delta, dk, dv, slopes, keys, *bounds, *shared, *scalars(options),
-        **walk_over_queries(options, flags, tile, length), **flags, **launched(tile),
-    )  # fmt: skip
+    for wanted in tiles.passes(capability(q), size):
+        attention_backward.key_kernel[triton.cdiv(total, tile.columns), groups, batch](
+            tall[0], *wide, tall[1], lse, delta, dk, dv, slopes, keys, *bounds, *shared, *scalars(options),
+            **walk_over_queries(options, flags, tile, length), **flags, **wanted, **launched(tile),
+        )  # fmt: skip
 
     tile = tiles.tile("query", capability(q), size, q.dtype)
     tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
@@ -105,8 +106,8 @@ def variant(q: Tensor, options: Options, slopes: Tensor | None, documents: bool)
         "SLOPES": slopes is not None,
         "SOFTCAP": options.softcap > 0,
         "DROPOUT": options.dropout > 0,
-        "DESCRIPTOR": capability(q) >= FIRST_WITH_DESCRIPTORS,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # of float32 products alone
+        "DESCRIPTOR": capability(q) >= FIRST_WITH_DESCRIPTORS and q.dtype.itemsize == 2,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",  # of float32 products alone
     }
 
 

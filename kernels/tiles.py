@@ -22,6 +22,7 @@ class Tile(NamedTuple):
 
 
 INTERPRETED = Tile(16, 16, 4, 1)  # small, so that short sequences walk over several blocks
+LARGEST = 256
 DEVICES = (80, 90, 100)  # compute capabilities times ten: A100, H100 and H200, B200
 
 
@@ -34,13 +35,35 @@ def tile(kernel: Kernel, device: int, size: int, dtype: torch.dtype) -> Tile:
     """device: of DEVICES, or 0 for the interpreter."""
     if device == 0:
         return INTERPRETED
-    return TABLE[kernel, device, max(64, padded(size)), dtype.itemsize]
+    row = _HALF[device, kernel] if dtype.itemsize == 2 else _SINGLE[kernel]
+    return row[max(0, padded(size).bit_length() - 7)]
 
 
-TABLE: dict[tuple[Kernel, int, int, int], Tile] = {}
+def passes(device: int, size: int) -> list[dict[str, bool]]:
+    """Launches of the key kernel: which of dK and dV each computes. Two accumulators of 256 columns do not fit into
+    Hopper's registers beside all else, so there they are computed one after the other: a fourth more products."""
+    if device == 90 and padded(size) == LARGEST:
+        return [{"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True}]
+    return [{"KEYS": True, "VALUES": True}]
+
+
+# By device and kernel: the tiles of 16-bit types for heads of at most 64, 128 and 256. Chosen by what compiles without
+# spilling, the larger first; none has been timed yet.
+_HALF: dict[tuple[int, Kernel], tuple[Tile, Tile, Tile]] = {
+    (80, "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (80, "key"): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    (80, "query"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+    (90, "forward"): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    (90, "key"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (90, "query"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (100, "forward"): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
+    (100, "key"): (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (100, "query"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+# Products of float32 are three of TF32 each, on the tensor cores: parts of a tile are held twice, so tiles are small.
+_SINGLE: dict[Kernel, tuple[Tile, Tile, Tile]] = {
+    "forward": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+    "key": (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+    "query": (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+}
 DELTA_ROWS = 64  # of a program that sums out times its gradient
-for _k in ("forward","key","query"):
-    for _d in DEVICES:
-        for _w in (64,128,256):
-            TABLE[_k,_d,_w,2]=Tile(128,64,8,2)
-            TABLE[_k,_d,_w,4]=Tile(64,32,4,1)

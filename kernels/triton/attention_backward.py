@@ -18,9 +18,7 @@ from kernels.triton.noise import kept, row_keys, site_key
 
 
 @triton.jit
-def delta_kernel(
-    out, grad, delta, grad_strides, S, N, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def delta_kernel(out, grad, delta, grad_strides, S, N, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
     """delta (B, N, S): the sum over D of out (contiguous) times grad (B, S, N, D); grid (blocks of queries, N, B)."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = block * BLOCK_M
@@ -43,41 +41,12 @@ def _score_gradient(scores, product, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _walk_queries(
-    dk,
-    dv,
-    keys,
-    values,
-    q,
-    grad,
-    lse,
-    delta,
-    noise,
-    columns,
-    first,
-    last,
-    batch,
-    head,
-    start,
-    stop,
-    q_strides,
-    grad_strides,
-    S,
-    first_query,
-    slope,
-    scale,
-    cap,
-    threshold,
-    keep_scale,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, keys, values, q, grad, lse, delta, noise, columns, first, last, batch, head, start, stop, q_strides,
+    grad_strides, S, first_query, slope, scale, cap, threshold, keep_scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
     """The queries start : stop of one head; all tiles are (keys, queries), so that probabilities stay in registers."""
     for at in tl.range(start, stop, BLOCK_M):
         at = tl.multiple_of(at, BLOCK_M)
@@ -94,72 +63,37 @@ def _walk_queries(
             seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
             weights = tl.where(seen, weights, 0.0)
         above = load_tile(grad, batch, head, at, grad_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, MASK)
-        product = tl.dot(values, above.T, input_precision=PRECISION)
+        keep = True
         if DROPOUT:
             keep = kept(row_keys(noise, rows + first_query)[None, :], columns[:, None], threshold)
-            product = tl.where(keep, product * keep_scale, 0.0)
-            dropped = tl.where(keep, weights, 0.0)
-        else:
-            dropped = weights
-        dv = tl.dot(dropped.to(above.dtype), above, dv, input_precision=PRECISION)
-        product = weights * (product - tl.load(delta + rows, mask=inside, other=0.0)[None, :])
-        product = _score_gradient(scores, product, cap, SOFTCAP)
-        dk = tl.dot(product.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        if VALUES:
+            dropped = tl.where(keep, weights, 0.0) if DROPOUT else weights
+            dv = tl.dot(dropped.to(above.dtype), above, dv, input_precision=PRECISION)
+        if KEYS:
+            product = tl.dot(values, above.T, input_precision=PRECISION)
+            if DROPOUT:
+                product = tl.where(keep, product * keep_scale, 0.0)
+            product = weights * (product - tl.load(delta + rows, mask=inside, other=0.0)[None, :])
+            product = _score_gradient(scores, product, cap, SOFTCAP)
+            dk = tl.dot(product.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def key_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    dk,
-    dv,
-    slopes,
-    keys,
-    low,
-    high,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_strides,
-    S,
-    T,
-    N,
-    ratio,
-    first_query,
-    window,
-    first_head,
-    site,
-    threshold,
-    keep_scale,
-    scale,
-    cap,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dk and dv (B, T, G, D) of BLOCK_N keys, summed over the ratio heads that read them; grid (blocks of keys, G, B)."""
+    q, k, v, grad, lse, delta, dk, dv, slopes, keys, low, high, q_strides, k_strides, v_strides, grad_strides,
+    S, T, N, ratio, first_query, window, first_head, site, threshold, keep_scale, scale, cap,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """dk (if KEYS) and dv (if VALUES), (B, T, G, D), of BLOCK_N keys, summed over the ratio heads that read them; grid
+    (blocks of keys, G, B)."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = block * BLOCK_N
     columns = begin + tl.arange(0, BLOCK_N)
-    first, last = visible_queries(
-        columns, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS
-    )
+    first, last = visible_queries(columns, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS)
     start, whole, partial, stop = stretches(first, last, BLOCK_M, HEAD)
     keys_tile = load_tile(k, batch, group, begin, k_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, True)
     values = load_tile(v, batch, group, begin, v_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, True)
@@ -174,55 +108,28 @@ def key_kernel(
         if DROPOUT:
             noise = site_key(keys, batch, head + first_head, site)
         for part in tl.static_range(3):
-            if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+            if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
                 sum_k, sum_v = _walk_queries(
                     sum_k, sum_v, keys_tile, values, q, grad, lse + row, delta + row, noise, columns, first, last,
                     batch, head,
                     start if part == 0 else (whole if part == 1 else partial),
                     whole if part == 0 else (partial if part == 1 else stop),
                     q_strides, grad_strides, S, first_query, slope, scale, cap, threshold, keep_scale,
-                    SIZE, WIDTH, BLOCK_M, SLOPES, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
+                    SIZE, WIDTH, BLOCK_M, SLOPES, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION, KEYS, VALUES,
                 )  # fmt: skip
-    store_tile(dk, sum_k * (scale * 0.6931471805599453), batch, group, begin, N // ratio, T, BLOCK_N, SIZE, WIDTH)
-    store_tile(dv, sum_v * keep_scale, batch, group, begin, N // ratio, T, BLOCK_N, SIZE, WIDTH)
+    if KEYS:
+        store_tile(dk, sum_k * (scale * 0.6931471805599453), batch, group, begin, N // ratio, T, BLOCK_N, SIZE, WIDTH)
+    if VALUES:
+        store_tile(dv, sum_v * keep_scale, batch, group, begin, N // ratio, T, BLOCK_N, SIZE, WIDTH)
 
 
 @triton.jit
 def _walk_keys(
-    dq,
-    queries,
-    above,
-    sums,
-    delta,
-    k,
-    v,
-    noise,
-    rows,
-    first,
-    last,
-    batch,
-    group,
-    start,
-    stop,
-    k_strides,
-    v_strides,
-    T,
-    first_query,
-    slope,
-    scale,
-    cap,
-    threshold,
-    keep_scale,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dq, queries, above, sums, delta, k, v, noise, rows, first, last, batch, group, start, stop, k_strides,
+    v_strides, T, first_query, slope, scale, cap, threshold, keep_scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The keys start : stop."""
     for at in tl.range(start, stop, BLOCK_N):
         at = tl.multiple_of(at, BLOCK_N)
@@ -248,48 +155,13 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def query_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    dq,
-    slopes,
-    keys,
-    low,
-    high,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_strides,
-    S,
-    T,
-    N,
-    ratio,
-    first_query,
-    window,
-    first_head,
-    site,
-    threshold,
-    keep_scale,
-    scale,
-    cap,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    q, k, v, grad, lse, delta, dq, slopes, keys, low, high, q_strides, k_strides, v_strides, grad_strides, S, T,
+    N, ratio, first_query, window, first_head, site, threshold, keep_scale, scale, cap,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dq (B, S, N, D) of BLOCK_M queries; grid (blocks of queries, N, B)."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if CAUSAL:
@@ -297,9 +169,7 @@ def query_kernel(
     begin = block * BLOCK_M
     group = head // ratio
     rows = begin + tl.arange(0, BLOCK_M)
-    first, last = visible_keys(
-        rows, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS
-    )
+    first, last = visible_keys(rows, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS)
     start, whole, partial, stop = stretches(first, last, BLOCK_N, HEAD)
     queries = load_tile(q, batch, head, begin, q_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, True)
     above = load_tile(grad, batch, head, begin, grad_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, True)
@@ -314,7 +184,7 @@ def query_kernel(
         noise = row_keys(site_key(keys, batch, head + first_head, site), rows + first_query)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+        if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
             acc = _walk_keys(
                 acc, queries, above, sums, shares, k, v, noise, rows, first, last, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),

@@ -16,45 +16,16 @@ LOWEST = tl.constexpr(-1e30)  # finite: the maximum of a row that has seen no ke
 
 @triton.jit
 def _walk(
-    acc,
-    total,
-    maximum,
-    q,
-    k,
-    v,
-    rows,
-    first,
-    last,
-    noise,
-    batch,
-    group,
-    start,
-    stop,
-    k_strides,
-    v_strides,
-    T,
-    first_query,
-    slope,
-    scale,
-    cap,
-    threshold,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, total, maximum, q, k, v, rows, first, last, noise, batch, group, start, stop, k_strides, v_strides, T,
+    first_query, slope, scale, cap, threshold,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The keys start : stop, a multiple of BLOCK_N the first; MASK: not every row sees them all."""
     for at in tl.range(start, stop, BLOCK_N):
         at = tl.multiple_of(at, BLOCK_N)
         columns = at + tl.arange(0, BLOCK_N)
-        keys = load_tile(
-            k, batch, group, at, k_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK
-        )
+        keys = load_tile(k, batch, group, at, k_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
         scores = capped(tl.dot(q, keys.T, input_precision=PRECISION), scale, cap, SOFTCAP)
         if SLOPES:
             scores -= slope * tl.abs(rows[:, None] + first_query - columns[None, :]).to(tl.float32)
@@ -67,9 +38,7 @@ def _walk(
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
             weights = tl.where(kept(noise[:, None], columns[None, :], threshold), weights, 0.0)
-        values = load_tile(
-            v, batch, group, at, v_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK
-        )
+        values = load_tile(v, batch, group, at, v_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
         maximum = higher
@@ -78,45 +47,13 @@ def _walk(
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    slopes,
-    keys,
-    low,
-    high,
-    q_strides,
-    k_strides,
-    v_strides,
-    S,
-    T,
-    N,
-    ratio,
-    first_query,
-    window,
-    first_head,
-    site,
-    threshold,
-    keep_scale,
-    scale,
-    cap,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    q, k, v, out, lse, slopes, keys, low, high, q_strides, k_strides, v_strides, S, T, N, ratio, first_query,
+    window, first_head, site, threshold, keep_scale, scale, cap,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """q (B, S, N, D), k and v (B, T, G, D) -> out, lse (B, N, S); grid (blocks of queries, N, B).
 
     HEAD, TAIL: whether blocks before and after those seen whole may be seen in part.
@@ -127,13 +64,9 @@ def forward_kernel(
     begin = block * BLOCK_M
     group = head // ratio
     rows = begin + tl.arange(0, BLOCK_M)
-    first, last = visible_keys(
-        rows, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS
-    )
+    first, last = visible_keys(rows, batch, S, T, first_query, window, low, high, CAUSAL, WINDOW, DOCUMENTS)
     start, whole, partial, stop = stretches(first, last, BLOCK_N, HEAD)
-    queries = load_tile(
-        q, batch, head, begin, q_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, True
-    )
+    queries = load_tile(q, batch, head, begin, q_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, True)
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
@@ -144,7 +77,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
     for part in tl.static_range(3):
-        if part == 0 and HEAD or part == 1 or part == 2 and TAIL:
+        if (part == 0 and HEAD) or part == 1 or (part == 2 and TAIL):
             acc, total, maximum = _walk(
                 acc, total, maximum, queries, k, v, rows, first, last, noise, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),

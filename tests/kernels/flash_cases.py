@@ -7,7 +7,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -49,7 +49,9 @@ class Setting(NamedTuple):
     softcap: float | None = None
     magnitude: float = 1.0  # of the queries
     offset: float = 0.0  # added to queries, and taken from keys
-    layout: str = "packed"  # "packed": views of one product, if they can be; "apart", "transposed", "odd": see `tensors`
+    layout: str = (
+        "packed"  # "packed": views of one product, if they can be; "apart", "transposed", "odd": see `tensors`
+    )
     tile: tuple[int, int] = (16, 16)
     descriptors: bool = False
 
@@ -71,7 +73,11 @@ def tensors(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     def made(length: int, heads: int) -> Tensor:
         return torch.randn(s.batch, length, heads, s.size, generator=generator).to(dtype)
 
-    q, k, v = made(s.queries, s.heads) * s.magnitude + s.offset, made(s.keys, s.groups) - s.offset, made(s.keys, s.groups)
+    q, k, v = (
+        made(s.queries, s.heads) * s.magnitude + s.offset,
+        made(s.keys, s.groups) - s.offset,
+        made(s.keys, s.groups),
+    )
     if s.layout == "packed" and s.queries == s.keys:
         whole = torch.cat((q, k, v), dim=2)
         q, k, v = whole.split([s.heads, s.groups, s.groups], dim=2)
@@ -307,11 +313,8 @@ def shapes(setting: Setting) -> list[tuple[int, ...]]:
 
 def operator_arguments(setting: Setting) -> tuple[Any, ...]:
     """Of torch.ops.kernels.flash_attention, with gradients wanted."""
-    with mock.patch.object(torch.ops.kernels, "flash_attention", side_effect=Captured) as operator:
-        try:
-            flash_attention(*(x.requires_grad_() for x in tensors(setting)), **options_of(setting))
-        except Captured:
-            pass
+    with mock.patch.object(torch.ops.kernels, "flash_attention", side_effect=Captured) as operator, suppress(Captured):
+        flash_attention(*(x.requires_grad_() for x in tensors(setting)), **options_of(setting))
     return operator.call_args.args
 
 

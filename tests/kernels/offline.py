@@ -3,11 +3,13 @@
 The product's own launch code runs on CPU tensors; in place of the kernels stand recorders that compile what they are
 launched with for the wanted device, so what is proved is what would run. ptxas, nvdisasm and cuobjdump are Triton's own.
 
-    python -m tests.kernels.offline 90 bfloat16 128 causal      # one line a kernel
+    python -m tests.kernels.offline                                # writes compiled.json anew: many minutes
+    python -m tests.kernels.offline "sm_90 bfloat16 128 causal"    # one case in it
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -39,12 +41,27 @@ class Case(NamedTuple):
 KINDS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "full": {"causal": False},
-    "window": {"causal": True, "window": 256},
     "documents": {"causal": True, "documents": True},
     "dropout": {"causal": True, "dropout": 0.1},
     "all": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "softcap": 30.0},
-    "unaligned": {"causal": True, "unaligned": True},  # so that Hopper takes pointers, not descriptors
+    # Integers of 1 are compiled in, as constants that are no tensors.
+    "one": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "shape": (1, 1, 1)},
 }
+CASES = [
+    *(
+        Case(d, "bfloat16", size, kind)
+        for d in SHARED_LIMIT
+        for size in (64, 128)
+        for kind in KINDS
+        if kind not in ("all", "one")
+    ),
+    *(Case(d, "bfloat16", 256, "causal") for d in SHARED_LIMIT),
+    *(Case(90, "bfloat16", size, "all") for size in (64, 128)),
+    *(Case(d, "bfloat16", 64, "one") for d in SHARED_LIMIT),
+    *(Case(d, "float16", size, "causal") for d in SHARED_LIMIT for size in (64, 128)),
+    *(Case(d, "float32", size, "causal") for d in SHARED_LIMIT for size in (64, 128, 256)),
+]
+TABLE = Path(__file__).parent / "compiled.json"  # by Triton's version, case and kernel: what `numbers_of` gives
 
 
 class Driver:
@@ -70,11 +87,11 @@ class Recorder:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: Any = None
+        self.compiled: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            self.compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
         return launch
 
@@ -91,7 +108,11 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
     with mock.patch.object(flash_launch, "capability", lambda _: device):
         recorders = {}
         patches = []
-        for module, name in ((attention_forward, "forward"), (attention_backward, "key"), (attention_backward, "query")):
+        for module, name in (
+            (attention_forward, "forward"),
+            (attention_backward, "key"),
+            (attention_backward, "query"),
+        ):
             recorders[name] = Recorder(getattr(module, f"{name}_kernel"))
             patches.append(mock.patch.object(module, f"{name}_kernel", recorders[name]))
         patches.append(mock.patch.object(attention_backward, "delta_kernel", Recorder(attention_backward.delta_kernel)))
@@ -112,23 +133,33 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
 
     kind = dict(KINDS[case.kind])
     dtype = getattr(torch, case.dtype)
-    shift = 1 if kind.get("unaligned") else 0
-    packed = torch.zeros(2, 4096, 3, 4, case.size + shift, dtype=dtype)[..., shift:]
-    q, k, v = packed.unbind(2)
+    batch, length, heads = kind.get("shape", (2, 4096, 4))
+    q, k, v = torch.zeros(batch, length, 3, heads, case.size, dtype=dtype).unbind(2)
     options = Options(
-        kind["causal"], kind.get("window", 0), kind.get("dropout", 0.0), 3, 0, 0, case.size**-0.5, kind.get("softcap", 0.0)
+        kind["causal"],
+        kind.get("window", 0),
+        kind.get("dropout", 0.0),
+        3,
+        0,
+        0,
+        case.size**-0.5,
+        kind.get("softcap", 0.0),
     )
-    slopes = torch.ones(4) if kind.get("slopes") else None
-    keys = torch.zeros(2, dtype=torch.int32) if options.dropout else None
+    slopes = torch.ones(heads) if kind.get("slopes") else None
+    keys = torch.zeros(batch, dtype=torch.int32) if options.dropout else None
     seen = None
     if kind.get("documents"):
-        numbers = torch.zeros(2, 4096, dtype=torch.int32)
+        numbers = torch.zeros(batch, length, dtype=torch.int32)
         seen = bounds(numbers, numbers)
     with recording(case.device) as recorders:
         low, high = (None, None) if seen is None else (seen.key_low, seen.key_high)
         out, lse = flash_launch.forward(q, k, v, slopes, keys, low, high, options)
         flash_launch.backward(torch.zeros_like(out), q, k, v, out, lse, slopes, keys, seen, options)
-        return {name: numbers_of(recorder.compiled) for name, recorder in recorders.items()}
+        return {
+            name if number == 0 else f"{name} {number + 1}": numbers_of(compiled)
+            for name, recorder in recorders.items()
+            for number, compiled in enumerate(recorder.compiled)
+        }
 
 
 def numbers_of(compiled: Any) -> dict[str, int]:
@@ -136,15 +167,20 @@ def numbers_of(compiled: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
+        ir = compiled.asm["ttgir"]
+        plain = [line for line in ir.splitlines() if "tt.dot " in line and "#mma" not in line.rsplit("->", 1)[-1]]
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
         code = _tool("nvdisasm", "-c", str(path))
     register, stack = (int(re.findall(rf"\b{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA", "UTCHMMA", "UTMALDG")}
+    counts = {
+        name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA", "UTCHMMA", "UTMALDG")
+    }
     return {
         "registers": register,
         "stack": stack,
         "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
+        "threads": 32 * compiled.metadata.num_warps,
+        "plain_dots": len(plain),  # products outside of the tensor cores
         **counts,
     }
 
@@ -156,11 +192,19 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def dots_outside_tensor_cores(compiled: Any) -> int:
-    return compiled.asm["ttgir"].count("#blocked") if "tt.dot" in compiled.asm["ttgir"] else 0
+def write(cases: list[Case]) -> None:
+    """Compile the cases and put their numbers into TABLE, case by case."""
+    import triton
+
+    for case in cases:
+        whole = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        whole.setdefault(triton.__version__, {})[str(case)] = compile_case(case)
+        version = {
+            str(case): whole[triton.__version__][str(case)] for case in CASES if str(case) in whole[triton.__version__]
+        }
+        TABLE.write_text(json.dumps({**whole, triton.__version__: version}, indent=1) + "\n")
+        print(case, version[str(case)], flush=True)
 
 
 if __name__ == "__main__":
-    device, dtype, size, kind = sys.argv[1:]
-    for name, numbers in compile_case(Case(int(device), dtype, int(size), kind)).items():
-        print(name, numbers)
+    write([case for case in CASES if not sys.argv[1:] or str(case) in sys.argv[1:]])

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.flash import unsupported
 from tests.distributed import run_python
 from tests.kernels import flash_cases as cases
 from tests.kernels.flash_cases import Setting
-from tests.kernels.interpreter import interpret
+from tests.kernels.workers import interpret
 
 
 def assert_right(setting: Setting) -> None:
@@ -225,6 +228,30 @@ def test_bfloat16_is_refused_where_products_of_it_are_wrong() -> None:
 def test_a_processor_without_the_interpreter_is_refused() -> None:
     with pytest.raises(ValueError, match="they run on a GPU; on a CPU only in Triton's interpreter"):
         cases.kernel_results(Setting(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, ""),
+        ((8, 0), torch.float32, ""),
+        ((8, 6), torch.bfloat16, "tiles are known for compute capability 8.0, 9.0, 10.0, not 8.6"),
+    ],
+)
+def test_a_device_without_tiles_is_refused(
+    capability: tuple[int, int], dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 1, 16, dtype=dtype, device="cuda")
+        assert unsupported(q, q, q) == reason
+
+
+def test_what_the_options_need_is_told() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    assert "no gradient" in unsupported(q, q, q, slopes=torch.ones(2, requires_grad=True))
+    for keys in (None, torch.zeros(1, dtype=torch.int64)):
+        assert "int32 `keys`" in unsupported(q, q, q, dropout=0.1, keys=keys)
 
 
 def test_without_triton_the_reason_is_told() -> None:
