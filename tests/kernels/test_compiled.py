@@ -59,9 +59,9 @@ def may_spill(case: Case) -> int:
     """Registers that may be put aside, stores and loads together; the table bounds them further.
 
     On Blackwell ptxas puts up to four of 255 aside though it has taken only half of them; float32 heads of 256, whose
-    tiles cannot be smaller, do not fit; nor need it all fit where every feature comes together.
+    tiles cannot be smaller, do not fit; nor need it all fit where nearly every feature comes together.
     """
-    if case.kind == "all" or (case.dtype == "float32" and case.size == 256):
+    if case.kind in ("all", "one") or (case.dtype == "float32" and case.size == 256):
         return 400
     return 8 if case.device == 100 else 0
 
@@ -96,7 +96,6 @@ def test_tiles_come_by_descriptors_from_hopper_on(case: Case, numbers: Numbers) 
 
 
 def test_nothing_has_grown(case: Case, numbers: Numbers) -> None:
-    assert str(case) in table(), f"{TABLE.name} lacks it: run python -m tests.kernels.offline"
     assert grown(table()[str(case)], numbers) == []
 
 
@@ -126,14 +125,13 @@ def test_growth_is_told() -> None:
     assert grown(before, after) == ["forward registers: 5 -> 6"]
 
 
-def test_the_table_has_the_cases_of_every_run() -> None:
-    """Others are added by `python -m tests.kernels.offline`, a minute each on a busy machine."""
-    assert {str(case) for case in FEW} <= set(table())
+def test_the_table_has_every_case() -> None:
+    assert list(table()) == [str(case) for case in CASES]
 
 
 def test_the_table_holds_what_is_promised() -> None:
-    """For all cases that it has, not only those compiled in this run."""
-    for case in (case for case in CASES if str(case) in table()):
+    """For all cases, not only those compiled in this run."""
+    for case in CASES:
         test_nothing_spills(case, table()[str(case)])
         test_it_fits_the_device(case, table()[str(case)])
         test_every_product_is_on_the_tensor_cores(case, table()[str(case)])
