@@ -14,8 +14,6 @@ Backends: `torch`, its fused step, which is the CPU's path and the reference; `t
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,11 +22,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from kernels.available import no_triton
+
 Backend = Literal["auto", "triton", "torch"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NARROW_MOMENTS = 2.0**-6  # the least 1 - beta that bfloat16 can follow: see AdamW
 NORM_PART = 2**16  # elements: torch's float32 norm of three million on a CPU is wrong in the fifth digit
-FIRST_CAPABILITY = (8, 0)  # what the kernels are compiled for in the tests
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -220,24 +219,6 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     if not parts:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(list(torch._foreach_norm(parts, 2, torch.float32))).double().square().sum()
-
-
-def no_triton(device: torch.device) -> str:
-    """Why the Triton kernels cannot run there; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return (
-            "" if interpreted else "they run on a GPU, and on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
-        )
-    if device.type != "cuda":
-        return f"they run on CUDA devices, not on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FIRST_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, they need 8.0 or later"
-    return ""
 
 
 def _choose(backend: Backend, device: torch.device) -> types.ModuleType | None:

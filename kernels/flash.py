@@ -12,15 +12,14 @@ one order, so twice the same inputs give twice the same bits; a query that sees 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import tiles
+from kernels.available import no_triton
 from kernels.documents import Bounds, bounds, numbered
 
 LARGEST_SIZE = 256
@@ -118,19 +117,13 @@ def unsupported(
 
 
 def _device_reason(q: Tensor) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if q.device.type == "cuda":
-        device = capability(q)
-        known = ", ".join(f"{known / 10}" for known in tiles.DEVICES)
-        return "" if device in tiles.DEVICES else f"tiles are known for compute capability {known}, not {device / 10}"
-    if q.device.type != "cpu":
-        return f"they run on NVIDIA GPUs, not on {q.device.type}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "they run on a GPU; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
-    if q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    return ""
+    if reason := no_triton(q.device):
+        return reason
+    if q.device.type == "cpu":
+        return "Triton's interpreter multiplies bfloat16 wrongly" if q.dtype == torch.bfloat16 else ""
+    device = capability(q)
+    known = ", ".join(f"{known / 10}" for known in tiles.DEVICES)
+    return "" if device in tiles.DEVICES else f"tiles are known for compute capability {known}, not {device / 10}"
 
 
 def capability(q: Tensor) -> int:

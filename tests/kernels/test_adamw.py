@@ -386,10 +386,10 @@ def test_masters_that_no_backend_steps_are_refused(master: Tensor, message: str)
 def test_without_triton_the_reason_is_told() -> None:
     cuda = torch.device("cuda")
     with mock.patch.object(importlib.util, "find_spec", lambda _: None):
-        assert adamw.no_triton(cuda) == "the package triton is not installed"
+        assert adamw.no_triton(cuda) == "triton is not installed"
         with pytest.raises(ValueError, match="triton is not installed"):
             adamw._choose("triton", cuda)
-        with pytest.warns(UserWarning, match="torch's fused step on cuda, not its Triton kernels: the package triton"):
+        with pytest.warns(UserWarning, match="torch's fused step on cuda, not its Triton kernels: triton is not"):
             assert adamw._choose("auto", cuda) is None
     assert adamw._choose("auto", torch.device("cpu")) is None
 
