@@ -90,7 +90,7 @@ def _write(parts: list[Tensor], path: Path) -> None:
 
 def _save(run: Run, saver: Saver) -> Times:
     """A save as training does it, and its times; the checkpoint is removed."""
-    about = runs.about(run.grid, run.sources.fingerprint)
+    about = runs.about(run.grid, run.sources.fingerprint, run.built.kernels)
     order = Order(run.state, about, 1, lambda step: False, lambda: None)
     stall = _slowest(run.grid, lambda: saver.save(order, run.engine))
     rest = _slowest(run.grid, saver.wait)

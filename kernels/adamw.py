@@ -17,14 +17,13 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from kernels.available import no_triton
+from kernels.available import Wish, choose
 
-Backend = Literal["auto", "triton", "torch"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NARROW_MOMENTS = 2.0**-6  # the least 1 - beta that bfloat16 can follow: see AdamW
 NORM_PART = 2**16  # elements: torch's float32 norm of three million on a CPU is wrong in the fifth digit
@@ -70,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         moments: torch.dtype = torch.float32,
-        backend: Backend = "auto",
+        backend: Wish = "auto",
     ) -> None:
         _check(lr, betas, eps, weight_decay, moments, backend)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -221,14 +220,14 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(parts, 2, torch.float32))).double().square().sum()
 
 
-def _choose(backend: Backend, device: torch.device) -> types.ModuleType | None:
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return None
-    reason = no_triton(device)
-    if reason and backend == "triton":
-        raise ValueError(f"AdamW's Triton kernels cannot run on {device}: {reason}. backend='torch' runs there")
+def _choose(wish: Wish, device: torch.device) -> types.ModuleType | None:
+    try:
+        backend, reason = choose(wish, device)
+    except ValueError as error:
+        raise ValueError(f"AdamW: {error}") from None
     if reason:
         warnings.warn(f"AdamW runs torch's fused step on {device}, not its Triton kernels: {reason}", stacklevel=3)
+    if backend == "torch":
         return None
     from kernels import adamw_triton  # which imports triton
 
@@ -287,8 +286,8 @@ def _check(
             f"bfloat16 moments lose updates smaller than 2^-8 of them, so betas may be up to {1 - NARROW_MOMENTS}; "
             f"found {betas}. Use float32 moments or smaller betas"
         )
-    if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
+    if backend not in get_args(Wish):
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Wish))}")
 
 
 def _check_tensors(master: Tensor, gradient: Tensor, copy: Tensor | None) -> None:

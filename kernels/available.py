@@ -1,12 +1,15 @@
-"""Whether Triton's kernels can run somewhere. Imports no triton."""
+"""Whether Triton's kernels can run somewhere, and who computes where they are one of two. Imports no triton."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Literal
 
 import torch
 
+Backend = Literal["triton", "torch"]
+Wish = Literal["auto", "triton", "torch"]
 FIRST_CAPABILITY = (8, 0)  # what the kernels are compiled for in the tests
 
 
@@ -24,3 +27,13 @@ def no_triton(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, they need 8.0 or later"
     return ""
+
+
+def choose(wish: Wish, device: torch.device) -> tuple[Backend, str]:
+    """Who computes there, and why not Triton where `auto` would prefer it, on a GPU. ValueError if the wish cannot be met."""
+    if wish == "torch" or (wish == "auto" and device.type == "cpu"):
+        return "torch", ""
+    reason = no_triton(device)
+    if reason and wish == "triton":
+        raise ValueError(f"triton cannot run on {device}: {reason}. torch can")
+    return ("torch" if reason else "triton"), reason

@@ -7,13 +7,14 @@ is head `first_head + rank * N / C + n` of the model, so dropout masks and ALiBi
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.attention import attention
+from kernels.backends import Backend, attend
 from parallel import library
 from parallel.layers import ContextAxis
 
@@ -24,6 +25,7 @@ def exchanged_attention(
     v: Tensor,
     axis: ContextAxis,
     *,
+    backend: Backend = "torch",
     first_head: int = 0,
     slopes: Tensor | None = None,
     **options: Any,
@@ -32,7 +34,7 @@ def exchanged_attention(
 
     Fewer or indivisible key/value heads are repeated until each rank gets a whole number of them.
     """
-    layer = _exchange(axis)
+    layer = _exchange(axis, backend)
     heads, groups = q.shape[2] // axis.size, k.shape[2]
     if groups % axis.size:
         repeats = axis.size // math.gcd(groups, axis.size)
@@ -43,8 +45,8 @@ def exchanged_attention(
     return layer(q, k, v, 0, None, first_head=first_head + mine, slopes=slopes, **options)
 
 
-def _exchange(axis: ContextAxis) -> torch.nn.Module:
+def _exchange(axis: ContextAxis, backend: Backend) -> torch.nn.Module:
     library.deepspeed()
     from deepspeed.sequence.layer import DistributedAttention
 
-    return DistributedAttention(attention, axis.group, scatter_idx=2, gather_idx=1)
+    return DistributedAttention(functools.partial(attend, backend), axis.group, scatter_idx=2, gather_idx=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels.adamw import MOMENTS as MOMENTS
 from kernels.adamw import AdamW
+from kernels.available import Wish
 
 
 class AdamWOptions(NamedTuple):
@@ -24,6 +25,7 @@ class AdamWOptions(NamedTuple):
     epsilon: float
     weight_decay: float
     clip_norm: float  # 0 leaves gradients as they are
+    backend: Wish = "auto"  # of AdamW
 
 
 class Step(NamedTuple):
@@ -98,7 +100,7 @@ def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> AdamW:
         for group, decay in ((decayed, options.weight_decay), (plain, 0.0))
         if group
     ]
-    return AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon)
+    return AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, backend=options.backend)
 
 
 class Counted:

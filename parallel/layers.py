@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import attention
+from kernels.backends import Backend, Backends, Call, attend
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
 from parallel.logical import Initial, Piece, describe
@@ -53,8 +53,14 @@ def padded_vocabulary(vocab_size: int) -> int:
 class Parts:
     """Builds a model's layers for one rank of a tensor-parallel group; the default is the whole model."""
 
-    def __init__(self, axis: TensorAxis = TensorAxis(), context: ContextAxis = ContextAxis()) -> None:
+    def __init__(
+        self,
+        axis: TensorAxis = TensorAxis(),
+        context: ContextAxis = ContextAxis(),
+        backends: Backends | None = None,
+    ) -> None:
         self.axis, self.context = axis, context
+        self.backends = Backends() if backends is None else backends
 
     # -- layers ------------------------------------------------------------------------------------------------
 
@@ -114,14 +120,19 @@ class Parts:
 
     # -- products ----------------------------------------------------------------------------------------------
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def attention_backend(self, call: Call) -> Backend:
+        """Who computes such calls; `call` has this tensor rank's heads and the whole sequence."""
+        ranks = self.context.size  # each has the whole sequence of some of the heads, and at least one key head
+        return self.backends.choose(call._replace(heads=call.heads // ranks, groups=max(1, call.groups // ranks)))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "torch", **options: Any) -> Tensor:
         """`kernels.attention.attention` over this rank's heads. Where the sequence is shared, each context rank first
         trades its slice of all these heads for the whole sequence of some of them."""
         if self.context.size == 1:
-            return attention(q, k, v, **options)
+            return attend(backend, q, k, v, **options)
         from parallel.context import exchanged_attention
 
-        return exchanged_attention(q, k, v, self.context, **options)
+        return exchanged_attention(q, k, v, self.context, backend=backend, **options)
 
 
 class ColumnLinear(nn.Module):

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels import selftest
+from kernels.available import choose
+from kernels.backends import Backends, Refused
 from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
 from parallel.initial import initial_values
@@ -32,6 +35,8 @@ class Built:
     schedule: Schedule
     engine: Engine
     compiled: str  # for people: compiled or not, and why
+    kernels: str  # for people: whose kernels compute what
+    passed_over: list[str]  # for people: whose would be preferred, and why they are not taken
 
     def train(self, training: bool) -> None:
         """Dropout on or off."""
@@ -43,21 +48,31 @@ def build(config: Config, grid: Grid, vocab_size: int) -> Built:
     """The model at its initial weights, ready to train."""
     compiled, why = choose_compile(config, grid)
     dtype = DTYPES[config.precision.compute]
-    stages = build_stages(config, grid, vocab_size, dtype, compiled)
+    backends = Backends(
+        config.kernels.attention, grid.device, dtype, documents=not config.objective.attention_across_documents
+    )
+    stages = build_stages(config, grid, vocab_size, dtype, compiled, backends)
+    kernels, passed_over = choose_kernels(config, grid, backends)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
     schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
     set_weights(engine, lambda path, parameter: initial_values(path, parameter, config.run.seed))
-    return Built(stages, schedule, engine, why)
+    return Built(stages, schedule, engine, why, kernels, passed_over)
 
 
-def build_stages(config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool) -> list[Stage]:
-    parts = Parts(grid.tensor, grid.context)
+def build_stages(
+    config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool, backends: Backends
+) -> list[Stage]:
+    """Raises UserError if the wished backend cannot compute the model's attention."""
+    parts = Parts(grid.tensor, grid.context, backends)
     layout = grid.layout
     stages = []
     for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
-        model: Any = GPT(
-            config.model, parts, vocab_size, config.data.seq_length, layers=cut.layers, first=cut.first, last=cut.last
-        )
+        try:
+            model: Any = GPT(
+                config.model, parts, vocab_size, config.data.seq_length, cut.layers, first=cut.first, last=cut.last
+            )
+        except Refused as error:
+            raise UserError(f"kernels.attention: {error}") from None
         model.recompute = config.parallel.recompute
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
@@ -72,6 +87,26 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
 
 
+def choose_kernels(config: Config, grid: Grid, backends: Backends) -> tuple[str, list[str]]:
+    """Whose kernels compute what, once attention's have passed their self-test here; and whose would be preferred.
+
+    Raises UserError where a wish cannot be met or the self-test fails."""
+    told, passed_over = [f"attention {backends.told()}"], [f"attention, {who}" for who in backends.passed_over()]
+    for name in ("loss", "optimizer"):
+        try:
+            who, reason = choose(getattr(config.kernels, name), grid.device)
+        except ValueError as error:
+            raise UserError(f"kernels.{name}: {error}") from None
+        told.append(f"{name} {who}")
+        passed_over += [f"{name}, triton: {reason}"] if reason else []
+    try:
+        for call, (backend, _) in backends.chosen.items():
+            selftest.check(backend, call, backends.device, backends.dtype)
+    except selftest.Broken as error:
+        raise UserError(str(error)) from None
+    return ", ".join(told), passed_over
+
+
 def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter | None:
     """This rank's end of an embedding that the first and the last stage share across the pipeline."""
     if not config.model.tie_embeddings or grid.layout.pipeline == 1:
@@ -83,7 +118,9 @@ def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter |
 
 def optimizer_options(config: Config) -> AdamWOptions:
     optimizer = config.optimizer
-    return AdamWOptions(optimizer.betas, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm)
+    return AdamWOptions(
+        optimizer.betas, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm, config.kernels.optimizer
+    )
 
 
 def choose_precision(config: Config, grid: Grid) -> Config:

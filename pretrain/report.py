@@ -40,6 +40,8 @@ class Facts(NamedTuple):
     total_steps: int
     total_tokens: int
     compiled: str
+    kernels: str
+    passed_over: list[str]
 
 
 class Silent:
@@ -158,6 +160,9 @@ class Reporter(Silent):
         )
         folders = ", ".join(config.data.train_folders)
         yield f"{facts.total_steps:,} steps, {short(facts.total_tokens)} tokens ({epochs:.2f} epochs of {folders})"
+        yield f"kernels: {facts.kernels}"
+        for reason in facts.passed_over:
+            yield f"  not {reason}"
         if state.step:
             yield f"going on after step {state.step:,}"
 

@@ -88,12 +88,14 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def about(grid: Grid, data: str) -> dict[str, Any]:
-    """What a checkpoint tells of its making: the layout and versions for people, the data's fingerprint for a resume."""
+def about(grid: Grid, data: str, kernels: str) -> dict[str, Any]:
+    """What a checkpoint tells of its making: the layout and versions for people, the data's fingerprint and whose kernels
+    computed for a resume."""
     return {
         "layout": str(grid.layout),
         "processes": grid.world,
         "data": data,
+        "kernels": kernels,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 

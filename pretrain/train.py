@@ -276,7 +276,7 @@ class Run:
         self.count_updates()
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
-        about = runs.about(self.grid, self.sources.fingerprint)
+        about = runs.about(self.grid, self.sources.fingerprint, self.built.kernels)
         keep = functools.partial(self.kept, self.state)  # the state as it is now, whenever the thread comes to ask
         order = Order(self.state, about, self.config.checkpoint.keep_last, keep, self.reporter.flush)
         with self.reporter.pause(), self.saving():
@@ -332,6 +332,12 @@ class Run:
                     "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
                 )
             checkpoint.load_engine(found, self.engine, self.grid)
+            before = found.about.get("kernels", self.built.kernels)
+            if before != self.built.kernels:
+                self.reporter.warn(
+                    f"step {found.state.step} was trained with the kernels {before}; from here with {self.built.kernels}: "
+                    "the losses agree within rounding, not bit for bit"
+                )
             self.state = self.before = self.counted = found.state
             self.bad_steps.fill_(found.state.bad_steps)
         if self.ending(stop=False):
@@ -352,6 +358,8 @@ class Run:
             total_steps=self.plan.total_steps,
             total_tokens=self.plan.tokens_before(self.plan.total_steps),
             compiled=self.built.compiled,
+            kernels=self.built.kernels,
+            passed_over=self.built.passed_over,
         )
 
 

@@ -23,6 +23,7 @@ from pretrain.errors import UserError
 # wherever it lies. schedule.total may only grow.
 FREE = (
     "parallel",
+    "kernels",
     "monitor",
     "checkpoint",
     "batch.micro_size",

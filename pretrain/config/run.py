@@ -9,6 +9,7 @@ from pydantic import Field
 
 from parallel.layout import ParallelConfig, Problem
 from pretrain.config.data import DataConfig
+from pretrain.config.kernels import KernelsConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.monitoring import MonitorConfig
 from pretrain.config.objective import ObjectiveConfig
@@ -35,6 +36,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     run: RunConfig = Field(default_factory=RunConfig)

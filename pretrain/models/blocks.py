@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.activation import GATED, activation
 from kernels.attention import alibi_slopes
+from kernels.backends import Backend, Call
 from kernels.noise import dropout
 from kernels.rotary import rotary
 from parallel.layers import Parts
@@ -56,9 +57,9 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped key/value heads; query, key and value are one product."""
+    """Multi-head attention with grouped key/value heads; query, key and value are one product. length: of a sequence."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int) -> None:
         super().__init__()
         heads, groups, size = config.num_heads, config.kv_heads, config.size_of_head
         outputs = {"q": heads * size, "k": groups * size, "v": groups * size}
@@ -69,6 +70,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout_rate
         self.site = SITES * layer + ATTENTION_SITE
         self.recompute = False
+        self.backend = parts.attention_backend(self._call(config, length))
         self.qkv = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale)
         self.out = parts.row(heads * size, config.hidden_size, config.biases, residual_scale(config))
 
@@ -82,16 +84,31 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(context.first, k, v)
         if self.recompute and torch.is_grad_enabled():
-            z = checkpoint(self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False)
+            z = checkpoint(self._core, q, k, v, context, self.backend, use_reentrant=False, preserve_rng_state=False)
         else:
-            z = self._core(q, k, v, context)
+            # The backend was chosen for whole sequences; a position or two after a cache are another kind of call.
+            z = self._core(q, k, v, context, self.backend if cache is None else "torch")
         return self.out(z.reshape(batch, length, self.heads * self.size))
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    def _call(self, config: ModelConfig, length: int) -> Call:
+        return Call(
+            self.heads,
+            self.groups,
+            self.size,
+            length,
+            length,
+            window=None if self.window is None or self.window >= length else self.window,
+            documents=self.parts.backends.documents,
+            biased=config.positions == "alibi",
+            dropout=self.dropout > 0.0,
+        )
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context, backend: Backend) -> Tensor:
         return self.parts.attention(
             q,
             k,
             v,
+            backend=backend,
             causal=True,
             window=self.window,
             slopes=context.slopes,
@@ -122,13 +139,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)), as in GPT-2. Post-norm: norm(x + f(x)), as in the 2017 paper. Each f has its dropout."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int) -> None:
         super().__init__()
         self.parts, self.layer = parts, layer
         self.pre = config.norm_position == "pre"
         self.dropout = config.residual_dropout_rate
         self.norm_1 = parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
-        self.attention = Attention(config, parts, layer)
+        self.attention = Attention(config, parts, layer, length)
         self.norm_2 = parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
         self.feed_forward = FeedForward(config, parts)
 

@@ -67,7 +67,7 @@ class GPT(nn.Module):
         if config.positions == "alibi":
             self.slopes = Table(local_slopes(config.num_heads, parts))
         numbers = range(config.num_layers) if layers is None else layers
-        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i) for i in numbers})
+        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i, seq_length) for i in numbers})
         if last:
             if config.norm_position == "pre":
                 self.norm = parts.norm(config.norm, hidden, config.norm_epsilon, config.biases)

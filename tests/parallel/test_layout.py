@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.backends import Backends
 from parallel.grid import Grid
 from parallel.layers import ContextAxis, TensorAxis
 from parallel.layout import Layout, ParallelConfig, Problem, Shapes, layout_problems
@@ -244,7 +245,7 @@ def counts(config: Config, layout: Layout, stage: int) -> Tensors:
     found: Tensors = {}
     for rank in range(layout.tensor):
         with torch.device("meta"):
-            stages = build_stages(config, place(layout, rank, stage), 200, torch.float32, False)
+            stages = build_stages(config, place(layout, rank, stage), 200, torch.float32, False, Backends())
         for part in stages:
             for name, piece, parameter in logical_tensors(part.module):
                 whole = found.setdefault(name, np.zeros(piece.shape, dtype=int))

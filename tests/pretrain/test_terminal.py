@@ -132,7 +132,8 @@ def test_a_terminal_gets_one_live_line_with_an_eta_and_is_left_clean(tmp_path: P
     assert all(len(line) <= COLUMNS for line in live)
     kept = [line for line in shown if line not in live]
     assert all(
-        re.match(r"/|60 steps, |step \d+: (validation|saved)|finished: 60|validation loss", line) for line in kept
+        re.match(r"/|60 steps, |kernels: |step \d+: (validation|saved)|finished: 60|validation loss", line)
+        for line in kept
     )
     assert [line for line in kept if ": validation loss" in line][-1].startswith("step 60: ")
     assert shown[-2].startswith("finished: 60 steps"), "what remains is said below the line"

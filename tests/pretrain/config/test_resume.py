@@ -23,11 +23,12 @@ BASE = Config.model_validate(
     }
 )
 # DESIGN, promise 2: "On resume only `parallel`, `batch.micro_size`, `monitor`, `checkpoint` and a longer `schedule.total`
-# may differ"; and what does not decide the numbers: where the run and the shards lie, how far is read ahead.
+# may differ"; and what does not decide the numbers: whose kernels compute them (promise 1), where the run and the shards
+# lie, how far is read ahead.
 MAY_DIFFER = ("parallel.", "monitor.", "checkpoint.", "batch.micro_size", "run.dir", "data.train", "data.validation")
-MAY_DIFFER += ("data.prefetch", "schedule.total")
+MAY_DIFFER += ("kernels.", "data.prefetch", "schedule.total")
 ONE_VALUE = ("version", "model.kind", "objective.kind", "optimizer.kind")
-WORDS = ("swiglu", "rms", "post", "alibi", "linear", "wsd", "full", "fp32", "never", "other")
+WORDS = ("swiglu", "triton", "rms", "post", "alibi", "linear", "wsd", "full", "fp32", "never", "other")
 CANDIDATES = (
     False,
     True,
