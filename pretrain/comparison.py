@@ -89,13 +89,13 @@ def differences(one: Trace, other: Trace) -> Differences:
 
 
 def spread(one: Trace, others: Sequence[Trace], tensor: int = 1) -> Allowed:
-    """Twice the most that runs which ought to be the same differ by, at any step; at least TOLERANCE.
+    """Twice the most that two runs which ought to be the same differ by, at any step; at least TOLERANCE.
 
     Tensor parallelism (`tensor` ranks) rounds each rank's part of a product before the sum, which no micro-batch size
     does: four times. And twice that again for single tensors, whose errors do not average out.
     """
     times = 4 if tensor > 1 else 2
-    worst = [compare("", 1, one, other, Allowed()) for other in others]
+    worst = [compare("", 1, a, b, Allowed()) for a, b in itertools.combinations((one, *others), 2)]
     found = [
         max((scale * getattr(c, name) for c in worst), default=0.0)
         for name, scale in (("loss", times), ("grad_norm", times), ("gradient", 2 * times), ("weight", 2 * times))

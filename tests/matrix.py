@@ -159,7 +159,7 @@ class Matrix:
 
     def _one_process(self, config: Config, model: tuple[str, str]) -> tuple[comparison.Trace, list[comparison.Trace]]:
         if model not in self._alone:
-            sizes = (2, 1, 4) if model[1] == "bf16" else (2,)  # all divide the ramp's first batch too
+            sizes = (2, 1, 4, 8) if model[1] == "bf16" else (2,)
             one, *rest = (
                 run_ranks(1, verify.trace, verify.with_micro(config, size), self.steps, timeout=300)[0]
                 for size in sizes
