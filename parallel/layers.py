@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import Backend, linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
 from parallel.logical import Initial, Piece, describe
 
@@ -190,6 +190,8 @@ class VocabEmbedding(nn.Module):
 class VocabHead(nn.Module):
     """The output matrix (V, H), cut along the vocabulary. With tied embeddings pass the embedding's weight instead."""
 
+    backend: Backend = "auto"  # of the loss
+
     def __init__(self, axis: TensorAxis, hidden_size: int, vocab_size: int, std: float) -> None:
         super().__init__()
         self.axis, self.vocab_size = axis, vocab_size
@@ -198,15 +200,25 @@ class VocabHead(nn.Module):
     def tie(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, mask: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
         """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank.
 
-        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts.
+        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts; smoothing and z_loss as in
+        `kernels.cross_entropy.linear_cross_entropy`.
         """
         x = enter(x, self.axis)
         group = self.axis.group if self.axis.size > 1 else None
         return linear_cross_entropy(
-            x, self.weight, targets, mask, vocab_size=self.vocab_size, first_class=self.first, group=group
+            x,
+            self.weight,
+            targets,
+            mask,
+            vocab_size=self.vocab_size,
+            first_class=self.first,
+            group=group,
+            smoothing=smoothing,
+            z_loss=z_loss,
+            backend=self.backend,
         )
 
     def logits(self, x: Tensor) -> Tensor:

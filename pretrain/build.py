@@ -34,7 +34,7 @@ class Built:
     compiled: str  # for people: compiled or not, and why
 
     def train(self, training: bool) -> None:
-        """Dropout on or off."""
+        """Dropout, label smoothing and z-loss on or off."""
         for stage in self.stages:
             stage.train(training)
 
@@ -56,9 +56,17 @@ def build_stages(config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype
     stages = []
     for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
         model: Any = GPT(
-            config.model, parts, vocab_size, config.data.seq_length, layers=cut.layers, first=cut.first, last=cut.last
+            config.model,
+            parts,
+            vocab_size,
+            config.data.seq_length,
+            layers=cut.layers,
+            first=cut.first,
+            last=cut.last,
+            recompute=config.parallel.recompute,
+            label_smoothing=config.objective.label_smoothing,
+            z_loss=config.objective.z_loss,
         )
-        model.recompute = config.parallel.recompute
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
 
