@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels.available import Wish, choose
+from kernels.available import Wish, choose, no_triton
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NARROW_MOMENTS = 2.0**-6  # the least 1 - beta that bfloat16 can follow: see AdamW
@@ -222,7 +222,7 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
 
 def _choose(wish: Wish, device: torch.device) -> types.ModuleType | None:
     try:
-        backend, reason = choose(wish, device)
+        backend, reason = choose(wish, device, lambda: no_triton(device))
     except ValueError as error:
         raise ValueError(f"AdamW: {error}") from None
     if reason:

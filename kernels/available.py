@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -29,11 +30,14 @@ def no_triton(device: torch.device) -> str:
     return ""
 
 
-def choose(wish: Wish, device: torch.device) -> tuple[Backend, str]:
-    """Who computes there, and why not Triton where `auto` would prefer it, on a GPU. ValueError if the wish cannot be met."""
+def choose(wish: Wish, device: torch.device, why_not: Callable[[], str]) -> tuple[Backend, str]:
+    """Who computes there, and why not Triton where `auto` would prefer it, on a GPU. ValueError if the wish cannot be met.
+
+    why_not: why Triton's kernels cannot, "" if they can; asked only where it matters.
+    """
     if wish == "torch" or (wish == "auto" and device.type == "cpu"):
         return "torch", ""
-    reason = no_triton(device)
+    reason = why_not()
     if reason and wish == "triton":
         raise ValueError(f"triton cannot run on {device}: {reason}. torch can")
     return ("torch" if reason else "triton"), reason

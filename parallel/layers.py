@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.available import Wish
 from kernels.backends import Backend, Backends, Call, attend
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
@@ -58,8 +59,9 @@ class Parts:
         axis: TensorAxis = TensorAxis(),
         context: ContextAxis = ContextAxis(),
         backends: Backends | None = None,
+        loss: Wish = "auto",  # whose kernels compute it
     ) -> None:
-        self.axis, self.context = axis, context
+        self.axis, self.context, self.loss = axis, context, loss
         self.backends = Backends() if backends is None else backends
 
     # -- layers ------------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ class Parts:
         return VocabEmbedding(self.axis, vocab_size, hidden_size, std)
 
     def head(self, hidden_size: int, vocab_size: int, std: float) -> VocabHead:
-        return VocabHead(self.axis, hidden_size, vocab_size, std)
+        return VocabHead(self.axis, hidden_size, vocab_size, std, self.loss)
 
     def norm(self, kind: str, hidden_size: int, epsilon: float, bias: bool) -> Norm:
         """kind: "layer" or "rms"."""
@@ -201,23 +203,33 @@ class VocabEmbedding(nn.Module):
 class VocabHead(nn.Module):
     """The output matrix (V, H), cut along the vocabulary. With tied embeddings pass the embedding's weight instead."""
 
-    def __init__(self, axis: TensorAxis, hidden_size: int, vocab_size: int, std: float) -> None:
+    def __init__(self, axis: TensorAxis, hidden_size: int, vocab_size: int, std: float, backend: Wish = "auto") -> None:
         super().__init__()
-        self.axis, self.vocab_size = axis, vocab_size
+        self.axis, self.vocab_size, self.backend = axis, vocab_size, backend
         self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
 
     def tie(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, mask: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
         """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank.
 
-        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts.
+        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts; smoothing and z_loss as in
+        `kernels.cross_entropy.linear_cross_entropy`.
         """
         x = enter(x, self.axis)
         group = self.axis.group if self.axis.size > 1 else None
         return linear_cross_entropy(
-            x, self.weight, targets, mask, vocab_size=self.vocab_size, first_class=self.first, group=group
+            x,
+            self.weight,
+            targets,
+            mask,
+            vocab_size=self.vocab_size,
+            first_class=self.first,
+            group=group,
+            smoothing=smoothing,
+            z_loss=z_loss,
+            backend=self.backend,
         )
 
     def logits(self, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels import selftest
-from kernels.available import choose
+from kernels import cross_entropy_triton, selftest
+from kernels.available import choose, no_triton
 from kernels.backends import Backends, Refused
 from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
@@ -39,7 +39,7 @@ class Built:
     passed_over: list[str]  # for people: whose would be preferred, and why they are not taken
 
     def train(self, training: bool) -> None:
-        """Dropout on or off."""
+        """Dropout, label smoothing and z-loss on or off."""
         for stage in self.stages:
             stage.train(training)
 
@@ -63,17 +63,25 @@ def build_stages(
     config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool, backends: Backends
 ) -> list[Stage]:
     """Raises UserError if the wished backend cannot compute the model's attention."""
-    parts = Parts(grid.tensor, grid.context, backends)
+    parts = Parts(grid.tensor, grid.context, backends, config.kernels.loss)
     layout = grid.layout
     stages = []
     for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
         try:
             model: Any = GPT(
-                config.model, parts, vocab_size, config.data.seq_length, cut.layers, first=cut.first, last=cut.last
+                config.model,
+                parts,
+                vocab_size,
+                config.data.seq_length,
+                layers=cut.layers,
+                first=cut.first,
+                last=cut.last,
+                recompute=config.parallel.recompute,
+                label_smoothing=config.objective.label_smoothing,
+                z_loss=config.objective.z_loss,
             )
         except Refused as error:
             raise UserError(f"kernels.attention: {error}") from None
-        model.recompute = config.parallel.recompute
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
 
@@ -92,9 +100,11 @@ def choose_kernels(config: Config, grid: Grid, backends: Backends) -> tuple[str,
 
     Raises UserError where a wish cannot be met or the self-test fails."""
     told, passed_over = [f"attention {backends.told()}"], [f"attention, {who}" for who in backends.passed_over()]
-    for name in ("loss", "optimizer"):
+    sample = torch.empty(0, device=grid.device, dtype=DTYPES[config.precision.compute])
+    reasons = {"loss": lambda: cross_entropy_triton.unsupported(sample), "optimizer": lambda: no_triton(grid.device)}
+    for name, why_not in reasons.items():
         try:
-            who, reason = choose(getattr(config.kernels, name), grid.device)
+            who, reason = choose(getattr(config.kernels, name), grid.device, why_not)
         except ValueError as error:
             raise UserError(f"kernels.{name}: {error}") from None
         told.append(f"{name} {who}")

@@ -18,3 +18,9 @@ class ObjectiveConfig(Section):
         True,
         "whether a token sees the documents before its own in the sequence; if not, positions begin anew with each",
     )
+    label_smoothing: float = meaning(
+        0.0, "share of each target that is spread over the whole vocabulary; in training alone", ge=0, lt=1
+    )
+    z_loss: float = meaning(
+        0.0, "factor of each target's squared logarithm of the softmax's denominator; in training alone", ge=0
+    )

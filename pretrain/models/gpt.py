@@ -35,6 +35,7 @@ class GPT(nn.Module):
     """Holds `layers` (global numbers), the embeddings if `first`, the final norm and the head if `last`.
 
     A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`.
+    label_smoothing, z_loss: of the loss, while training alone.
     """
 
     def __init__(
@@ -47,9 +48,12 @@ class GPT(nn.Module):
         first: bool = True,
         last: bool = True,
         recompute: Recompute = "none",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.config, self.parts = config, parts
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.is_first, self.is_last = first, last
         self.max_length = max(seq_length, config.max_positions or 0)
         hidden, scale = config.hidden_size, config.initial_scale
@@ -113,7 +117,8 @@ class GPT(nn.Module):
         """inputs and targets (B, S) ids, mask (B, S), sample_keys (B,), documents (B, S) numbers of the documents if each
         is to be seen alone, hidden (B, s, H) from the stage before.
 
-        Returns hidden (B, s, H), or on the last stage the cross-entropy summed over the targets, a float32 scalar.
+        Returns hidden (B, s, H), or on the last stage the loss summed over the targets, a float32 scalar: cross-entropy,
+        while training with label smoothing and z-loss.
         """
         inputs, targets, mask = (None if x is None else self.parts.own(x) for x in (inputs, targets, mask))
         length = self._length(inputs, targets, hidden)
@@ -129,7 +134,8 @@ class GPT(nn.Module):
         if not self.is_last:
             return x
         assert targets is not None and mask is not None, "the last stage takes targets and mask"
-        return self.head(self._final(x), targets, mask)
+        smoothing, z_loss = (self.label_smoothing, self.z_loss) if self.training else (0.0, 0.0)
+        return self.head(self._final(x), targets, mask, smoothing, z_loss)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, caches: dict[str, Cache] | None = None, first: int = 0) -> Tensor:

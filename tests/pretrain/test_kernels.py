@@ -28,9 +28,9 @@ monitor: {log_every: 1 steps, tensorboard: false}
 """
 ATTENTION = {"forward_kernel", "delta_kernel", "key_kernel", "query_kernel"}
 OPTIMIZER = {"adamw_kernel", "square_kernel"}
-LOSS: set[str] = set()
+LOSS = {"statistics_kernel", "slope_kernel"}
 TORCH = ("kernels.attention=torch", "kernels.loss=torch", "kernels.optimizer=torch")
-TRITON = ("kernels.attention=triton", "kernels.loss=torch", "kernels.optimizer=triton")
+TRITON = ("kernels.attention=triton", "kernels.loss=triton", "kernels.optimizer=triton")
 SHORT = ("schedule={total: 3 steps}", "batch.size=2")  # for two ranks
 
 

@@ -147,6 +147,19 @@ def _check_engines(layout: Layout, courses: list[Course]) -> None:
         assert schedule is None or course.calls[schedule] > steps  # and validations
 
 
+def test_training_with_label_smoothing_and_z_loss_is_the_same(
+    follow: Follow, reference: Callable[[str], Course]
+) -> None:
+    """Under a cut vocabulary, whose last rank alone has padding, and a pipeline; three steps."""
+    added = ["objective.label_smoothing=0.1", "objective.z_loss=1e-3", "schedule.total=3 steps"]
+    one = follow("", "modern", "batch.micro_size=8", *added)[0]
+    courses = follow("tp=2,pp=2", "modern", "batch.micro_size=2", *added)
+    assert list(differences(one, courses[0])) == []
+    assert all(course.logged == courses[0].logged for course in courses), "ranks disagree"
+    plain = reference("modern").logged[0]["loss"]
+    assert one.logged[0]["loss"] > plain + 0.01, "both must act: z-loss alone adds about 1e-3 ln(384)^2"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_compared_has_all_that_could_go_wrong(
     model: str, follow: Follow, reference: Callable[[str], Course]

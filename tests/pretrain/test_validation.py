@@ -80,6 +80,25 @@ def test_it_equals_brute_force_at_any_micro_batch_size(config: str, across: bool
         assert found[2] == count, micro
 
 
+def losses_of_both(config_path: str, overrides: list[str]) -> tuple[float, float]:
+    """Of the same held-out samples: as validation reports it, and as it would be trained."""
+    run = _run(config_path, overrides)
+    losses = []
+    for training in (False, True):
+        run.built.train(training)
+        losses.append(run.validation.run(run.built.schedule).loss)
+    return losses[0], losses[1]
+
+
+def test_it_is_the_plain_cross_entropy_whatever_is_trained(config: str) -> None:
+    plain = [*options(12, True), "model.dropout=0.0"]
+    added = [*plain, "objective.label_smoothing=0.1", "objective.z_loss=0.01"]
+    [(expected, _)] = run_ranks(1, losses_of_both, config, plain)
+    [(found, trained)] = run_ranks(1, losses_of_both, config, added)
+    assert found == expected
+    assert trained > expected + 0.1, "z-loss alone adds 0.01 ln(512)^2"
+
+
 @pytest.mark.parametrize("layout", ["", "parallel.tensor=2", "parallel.pipeline=2"])
 def test_it_is_the_same_on_two_ranks(config: str, layout: str) -> None:
     """Shared by samples (44 micro-batches of 3; the last one, one rank's, holds 1), by heads, by layers."""
