@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SHARDS := shards/train/manifest.json
 
-.PHONY: help setup demo demo-parallel test check bench matrix torture clean
+.PHONY: help setup demo demo-parallel test check bench matrix torture wheels gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
 	@echo "make torture        two hundred runs killed at random places and started again under other layouts (an hour)"
+	@echo "make gpu            tests and benchmarks on one NVIDIA GPU, also without internet: see .ci/gpu"
+	@echo "make wheels         what make gpu needs there beside CUDA torch, into wheels/ (GPU_PYTHON=3.12)"
 	@echo "make bench          measure what the README claims"
 	@echo "make clean          remove caches and build leftovers (not .venv, shards/ and runs/)"
 
@@ -70,6 +72,19 @@ matrix: $(STAMP)
 # One that failed again: make torture ARGS="--schedules 1 --first-seed SEED"
 torture: $(STAMP)
 	$(BIN)/python -m pytest -q tests/pretrain/test_torture.py --schedules 200 $(ARGS)
+
+gpu:
+	PYTHON=$(PYTHON) .ci/gpu
+
+# torch and its triton are the GPU machine's own; DeepSpeed comes as source alone.
+GPU_PYTHON ?= 3.12
+wheels: $(STAMP)
+	grep -vE '^#|^(torch|triton|deepspeed|mypy|mypy_extensions|ruff|types-PyYAML|ast_serialize|librt|pathspec)==' constraints.txt \
+	    > $(VENV)/wheels.txt
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	    --platform manylinux_2_34_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	    --platform manylinux2014_x86_64 -d wheels -r $(VENV)/wheels.txt
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from typing import Any
 # session's own, so that no test depends on what another session or the user's home left.
 _CACHE = tempfile.TemporaryDirectory(prefix="pretrain-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # but for `make gpu`
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
     os.environ[_variable] = str(Path(_CACHE.name) / _variable.lower())
