@@ -53,6 +53,8 @@ class Silent:
     def begin(self, state: State) -> None:
         """The run stands at `state` and goes on from there."""
 
+    def say(self, *lines: str) -> None: ...
+
     def warn(self, text: str) -> None: ...
 
     def step_done(self, tokens: int, waited: float) -> None:
@@ -164,6 +166,9 @@ class Reporter(Silent):
         yield f"{facts.total_steps:,} steps, {short(facts.total_tokens)} tokens ({epochs:.2f} epochs of {folders})"
         if state.step:
             yield f"going on after step {state.step:,}"
+
+    def say(self, *lines: str) -> None:
+        self.terminal.say(*lines)
 
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}")
