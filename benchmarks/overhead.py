@@ -21,63 +21,41 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from bare import bare_steps
-from torch._C._distributed_c10d import ProcessGroup, Work
 from torch.overrides import TorchFunctionMode
 from workload import layout_overrides, start_run, steps
 
+from parallel.collectives import Watch
 from parallel.grid import Grid
 
-METHODS = re.compile(r"_?(all|reduce|broadcast|gather|scatter|send|recv|barrier|monitored)\w*")
 MARK = "benchmark step"
 
 
 class Meter:
-    """Seconds inside collectives and exchanges, by the ranks they are among. One thread's; nested ones count once."""
+    """Seconds of one thread inside collectives and exchanges, by the ranks they are among."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.groups: dict[int, str] = {}  # id of the last Work at that address -> name of its group
         self.names: dict[str, str] = {}  # name of a process group -> axis
-        self.inside = False
+        self.watch = Watch(self._timed)
 
     def install(self, grid: Grid) -> None:
         self.names = axis_names(grid)
-        for name in filter(METHODS.fullmatch, dir(ProcessGroup)):
-            setattr(ProcessGroup, name, self._group_method(getattr(ProcessGroup, name)))
-        Work.wait = self._wait(Work.wait)
+        self.watch.__enter__()
 
-    def _group_method(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(group: Any, *args: Any, **options: Any) -> Any:
-            axis = self.names.get(group.group_name, "other")
-            work = self._time(axis, method, group, *args, **options)
-            if work is not None:
-                self.groups[id(work)] = axis
-            return work
-
-        return timed
-
-    def _wait(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(work: Any, *args: Any, **options: Any) -> Any:
-            return self._time(self.groups.get(id(work), "other"), method, work, *args, **options)
-
-        return timed
-
-    def _time(self, axis: str, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if self.inside:
-            return method(*args, **options)
-        self.inside, started = True, time.perf_counter()
+    @contextmanager
+    def _timed(self, group: str) -> Iterator[None]:
+        started = time.perf_counter()
         try:
-            return method(*args, **options)
+            yield
         finally:
-            self.seconds[axis] += time.perf_counter() - started
-            self.inside = False
+            self.seconds[self.names.get(group, "other")] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
         """Seconds since the last time."""

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pretrain.config.profile import add_profile_option
 from pretrain.errors import UserError
 
 EXAMPLE = "python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2 parallel.pipeline=2"
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from launch.local import run
 
     try:
-        return run(args.config, args.overrides, args.processes, args.dry_run)
+        return run(args.config, args.overrides, args.processes, args.dry_run, args.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,12 +52,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="processes on this machine",
         description="Train on processes of this machine. Rank 0 writes here, the others to RUN/logs/rank-N.log. "
         "Ctrl-C saves and ends; the same command goes on.",
-        usage="python -m launch local CONFIG --processes N [--dry-run] [section.key=value ...]",
+        usage="python -m launch local CONFIG --processes N [--dry-run] [--profile [N]] [section.key=value ...]",
         epilog=f"example: {EXAMPLE}",
     )
     local.add_argument("config", metavar="CONFIG", help="a YAML file, or a run's folder to go on with")
     local.add_argument("--processes", type=int, required=True, metavar="N", help="how many: tensor x pipeline x data")
     local.add_argument("--dry-run", action="store_true", help="check everything, show the commands, start nothing")
+    add_profile_option(local)
     return top, local
 
 

@@ -37,7 +37,7 @@ GAVE_UP = 3  # exit code of a rank whose peers died or did not answer (pretrain/
 PR_SET_PDEATHSIG = 1
 
 
-def run(source: str, overrides: list[str], processes: int, dry_run: bool = False) -> int:
+def run(source: str, overrides: list[str], processes: int, dry_run: bool = False, profile: int | None = None) -> int:
     """Check, start the ranks and wait; returns the exit code of the rank that failed first, or 0.
 
     Raises UserError, before anything starts, for whatever can be known now.
@@ -48,7 +48,8 @@ def run(source: str, overrides: list[str], processes: int, dry_run: bool = False
     check_layout(config, processes)
     folder = Path(config.run.dir)
     _check_folder(folder)
-    command = [sys.executable, "-m", "pretrain", "train", source, *overrides]
+    options = [] if profile is None else [f"--profile={profile}"]
+    command = [sys.executable, "-m", "pretrain", "train", source, *overrides, *options]
     environments = _environments(processes)
     layout = Layout.of(config.parallel, processes)
     if dry_run:

@@ -18,22 +18,27 @@ from parallel.stages import Stage
 
 MicroBatch = tuple[Tensor | None, ...]  # what the first stage takes; the first is (B, S)
 NoSync = Callable[[], AbstractContextManager[None]]
+Phase = Callable[[str], AbstractContextManager[None]]
+TIMERS = {"forward-compute": "forward", "backward-compute": "backward"}  # of megatron-core -> our phases
 
 
 class Schedule:
     """Drives the stages of one process.
 
     `hidden_size` and `dtype` are those of the activations that stages exchange; backward passes after which another one
-    of the same step and stage follows are within `no_sync()` (`parallel.engine.Engine.no_sync`).
+    of the same step and stage follows are within `no_sync()` (`parallel.engine.Engine.no_sync`). Each forward and backward
+    pass is within `phase("forward")` or `phase("backward")`, which does nothing unless a profile sets it.
     """
 
     def __init__(
         self, stages: Sequence[Any], grid: Grid, hidden_size: int, dtype: torch.dtype, no_sync: NoSync = nullcontext
     ) -> None:
         self.stages, self.grid, self.no_sync = stages, grid, no_sync
+        self.phase: Phase = lambda name: nullcontext()
         if grid.layout.pipeline > 1:
             config = _schedule_config(grid, hidden_size, dtype)
             config.no_sync_func = no_sync
+            config.timers = _Timers(self)
             for stage in stages:
                 stage.config, stage.model_type = config, _model_type()
 
@@ -51,10 +56,10 @@ class Schedule:
     def _run_alone(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
         total = torch.zeros((), device=self.grid.device)
         for number, batch in enumerate(batches, 1):
-            with torch.set_grad_enabled(not forward_only):
+            with self.phase("forward"), torch.set_grad_enabled(not forward_only):
                 loss = self.stages[0](batch)
             if not forward_only:
-                with nullcontext() if number == len(batches) else self.no_sync():
+                with self.phase("backward"), nullcontext() if number == len(batches) else self.no_sync():
                     (loss * scale).backward()
             total += loss.detach()
         return total
@@ -89,6 +94,28 @@ class Schedule:
             forward_only=forward_only,
         )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.grid.device)
+
+
+class _Timers:
+    """What megatron-core's schedules start and stop around their passes, as phases of `schedule`."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.name = ""
+        self.open: dict[str, AbstractContextManager[None]] = {}
+
+    def __call__(self, name: str, log_level: int = 0) -> _Timers:
+        self.name = name
+        return self
+
+    def start(self, barrier: bool = False) -> None:
+        if phase := TIMERS.get(self.name):
+            self.open[phase] = self.schedule.phase(phase)
+            self.open[phase].__enter__()
+
+    def stop(self, barrier: bool = False) -> None:
+        if phase := TIMERS.get(self.name):
+            self.open.pop(phase).__exit__(None, None, None)
 
 
 def _schedule_config(grid: Grid, hidden_size: int, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.config.profile import add_profile_option, check_profile
 from pretrain.errors import UserError
 
 OURS = ("kernels", "parallel", "launch")
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             check_packages()
-            args = parser().parse_args(argv)
+            args = parse(argv)
             return args.run(args)
         finally:
             sys.stdout.flush()  # here, where a reader that has left is no error; not when Python exits
@@ -75,10 +76,15 @@ def _train(args: argparse.Namespace) -> int:
     from pretrain.runs import open_config
 
     config = open_config(args.config, args.overrides, rank_and_world()[1])
+    if args.profile is not None:
+        from pretrain.schedule import Plan
+
+        check_profile(args.profile, Plan(config).total_steps)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
     sources = Sources.open(config)
     from pretrain import train
 
-    return train.main(config, sources)
+    return train.main(config, sources, args.profile)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -120,6 +126,18 @@ def _tensorboard(args: argparse.Namespace) -> int:
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; a mistake among them exits 2. Overrides may stand after the options too, where argparse
+    leaves them."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(
@@ -145,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--help-config", action="store_true", help="print every field with its default and meaning, as YAML"
     )
+    add_profile_option(train)
     verify = add(
         "verify",
         _verify,

@@ -30,12 +30,12 @@ FINGERPRINT = "data fingerprint"
 Facts = dict[str, str]  # what is compared, under a name for people
 
 
-def check(config: Config, sources: Sources, grid: Grid) -> None:
+def check(config: Config, sources: Sources, grid: Grid, options: Facts) -> None:
     """Returns where all ranks agree. Elsewhere all end with exit code 2: rank 0 and those that differ from the most by a
     UserError that says who differs in what, the others silently. Collective."""
     if grid.world == 1:
         return
-    ours = facts(config, sources)
+    ours = {**facts(config, sources), **options}
     if len(set(grid.from_all(hashlib.sha256(canonical(ours)).hexdigest()))) == 1:
         return
     everyone = grid.from_all(ours)

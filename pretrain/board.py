@@ -1,7 +1,7 @@
 """TensorBoard files of a run: scalars in six groups, text by the model, the config, and hyperparameters.
 
 train/       loss, grad_norm, learning_rate, batch_size
-speed/       tokens_per_second, step_seconds, mfu where the device's peak is known
+speed/       tokens_per_second, step_seconds, mfu and hfu where the device's peak is known
 memory/      gibibytes
 data/        wait_seconds a step, epochs
 checkpoint/  stall_seconds, write_seconds
@@ -31,6 +31,7 @@ GROUPS = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "mfu": "speed/mfu",
+    "hfu": "speed/hfu",
     "data_seconds": "data/wait_seconds",
     "epochs": "data/epochs",
     "checkpoint_stall_seconds": "checkpoint/stall_seconds",

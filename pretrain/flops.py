@@ -1,47 +1,102 @@
-"""Arithmetic of a training step, for model FLOPs utilization (MFU): the share of the device's peak that the model's own
-products need. Work that is done twice (recomputation) or thrown away (masked scores) does not count as useful twice.
+"""Arithmetic of training, for the utilization of a device: MFU, of what the model needs, and HFU, of what is computed.
+
+A product of a matrix's weight with a token is 2 FLOPs forward and 4 backward. Counted are the products with the weights
+(query, key, value and output projections, the feed-forward layer, the head) and attention's two, q k^T and probabilities
+times v, by the mask: a query multiplies only the keys that it sees, of a causal sequence of S tokens (S + 1) / 2 in the
+mean. Embeddings and positions are look-ups and cost nothing.
+
+Left out: biases, norms, activations, softmax, rotary positions, dropout, the loss and the optimizer, which take time but
+few FLOPs; the vocabulary's padding; masked scores that a kernel computes and throws away, and scores that its backward
+makes again (FlashAttention's), which depend on the kernel.
+
+Upper bound: where documents are kept apart (`objective.attention_across_documents: false`) a sequence counts as one
+document, since how many pairs they leave changes from sample to sample.
+
+Beside other counts. Chowdhery et al. 2022 ("PaLM", appendix B) count 6 N + 12 L H Q S a token: every parameter but the
+embedding, and the whole square of scores, twice what a causal mask leaves. So an MFU by their formula is higher, the more
+so the longer the sequence is beside the width: theirs is 1.014 times ours for GPT-3 175B at 2,048 tokens (its layers all
+dense), 1.072 times for GPT-2 small at 1,024.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 
-from pretrain.config.model import ModelConfig, parameter_count
+from pretrain.config.model import GATED, ModelConfig
+
+FORWARD_AND_BACKWARD = 3  # the backward pass has two products for each of the forward pass: by weights, by activations
 
 # Dense bfloat16 peaks without sparsity, TFLOP/s, from the makers' data sheets; the first that stands as whole words in the
-# device's name counts (an RTX A4000 is no A40).
+# device's name counts (an RTX A4000 is no A40, a GB200 no B200).
 PEAKS = {
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
     "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
-    "B200": 2250.0,
+    "A800": 312.0,
     "L40S": 362.0,
     "L40": 181.0,
     "L4": 121.0,
     "A10G": 70.0,
     "A10": 125.0,
     "A40": 150.0,
+    "RTX 6000 Ada": 364.0,
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """Forward and backward: 6 a weight that multiplies, and 12 x heads x head size a visible key and layer (Chowdhery et
-    al. 2022, "PaLM", appendix B, which counts masked keys too; a windowed layer counts its window)."""
-    embeddings = vocab_size * model.hidden_size  # a look-up; tied, it multiplies once, as the head
-    if model.positions == "learned":
-        embeddings += max(seq_length, model.max_positions or 0) * model.hidden_size
-    if model.tie_embeddings:
-        embeddings -= vocab_size * model.hidden_size
-    weights = parameter_count(model, vocab_size, seq_length) - embeddings
-    keys = sum(min(model.window(layer) or seq_length, seq_length) for layer in range(model.num_layers))
-    return 6.0 * weights + 12.0 * model.num_heads * model.size_of_head * keys
+    """What one token of training needs, forward and backward."""
+    forward = 2 * (_block_weights(model) * model.num_layers + model.hidden_size * vocab_size)
+    return FORWARD_AND_BACKWARD * (forward + _scores(model, seq_length))
+
+
+def hardware_flops_per_token(
+    model: ModelConfig, vocab_size: int, seq_length: int, recompute: Literal["none", "selective", "full"]
+) -> float:
+    """The same with what recomputation makes again (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+    Transformer Models", section 5 and appendix A): `full` each block's forward pass, `selective` attention's products.
+
+    torch's checkpoint does a little less: it stops when it has what the backward pass reads, so before a block's last
+    product, or attention's where the two are no single operator."""
+    again = 0.0
+    if recompute != "none":
+        again += _scores(model, seq_length)
+    if recompute == "full":
+        again += 2 * _block_weights(model) * model.num_layers
+    return flops_per_token(model, vocab_size, seq_length) + again
+
+
+def visible_pairs(length: int, window: int | None) -> int:
+    """(query, key) pairs that a causal mask leaves of `length` tokens, of which each sees the last `window` at most."""
+    shown = min(window or length, length)
+    return shown * (shown + 1) // 2 + (length - shown) * shown  # the first see fewer than the window
+
+
+def _block_weights(model: ModelConfig) -> int:
+    """Weights of one block that multiply every token."""
+    hidden, inner = model.hidden_size, model.feed_forward_size
+    q, kv = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
+    matrices = 3 if model.activation in GATED else 2
+    return hidden * (q + 2 * kv) + q * hidden + matrices * hidden * inner
+
+
+def _scores(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs of attention's two products a token, forward: 2 x heads x head size each, for every visible key."""
+    pairs = sum(visible_pairs(seq_length, model.window(layer)) for layer in range(model.num_layers))
+    return 4 * model.num_heads * model.size_of_head * pairs / seq_length
 
 
 def peak_flops(device: torch.device, compute: str, given_tflops: float | None) -> float | None:

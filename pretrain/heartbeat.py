@@ -223,7 +223,7 @@ def collective(frames: Sequence[FrameType]) -> str:
     names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame in frames]
     caller = ""
     for file, name in names:
-        if name == "wrapper" or "/deepspeed/comm/" in file:  # they only pass on
+        if name == "wrapper" or "/deepspeed/comm/" in file or file.endswith("parallel/collectives.py"):  # only pass on
             continue
         if "/torch/distributed/" in file or file.endswith("p2p_communication.py"):
             return f" ({name} in {caller})" if caller else f" ({name})"

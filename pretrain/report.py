@@ -22,7 +22,7 @@ from parallel.grid import Grid
 from pretrain.board import Board
 from pretrain.checkpoint import State
 from pretrain.config.run import Config
-from pretrain.flops import flops_per_token, peak_flops
+from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops
 from pretrain.metrics import Metrics, finite, read_metrics
 from pretrain.saving import Saved
 from pretrain.terminal import Terminal
@@ -54,6 +54,8 @@ class Silent:
 
     def begin(self, state: State) -> None:
         """The run stands at `state` and goes on from there."""
+
+    def say(self, *lines: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
 
@@ -129,7 +131,11 @@ class Reporter(Silent):
         self.latest: dict[str, float] = {}
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
-        self.flops = flops_per_token(config.model, facts.vocab_size, config.data.seq_length)
+        shape = config.model, facts.vocab_size, config.data.seq_length
+        self.flops = {
+            "mfu": flops_per_token(*shape),
+            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute),
+        }
         self.peak = peak * grid.world if peak else None
 
     def __exit__(self, *_: object) -> None:
@@ -166,6 +172,9 @@ class Reporter(Silent):
         if state.step:
             yield f"going on after step {state.step:,}"
 
+    def say(self, *lines: str) -> None:
+        self.terminal.say(*lines)
+
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}")
 
@@ -179,7 +188,7 @@ class Reporter(Silent):
         fields |= {**rates, **self.saves, "memory_bytes": self._memory()}
         self.saves = {}
         if rates and self.peak:
-            fields["mfu"] = rates["tokens_per_second"] * self.flops / self.peak
+            fields |= {name: rates["tokens_per_second"] * flops / self.peak for name, flops in self.flops.items()}
         self.trained += self.rates.tokens
         self.trained_seconds += self.rates.seconds
         self.metrics.write(fields)

@@ -50,6 +50,8 @@ class Terminal:
             eta = clock((self.total - fields["step"]) * fields["step_seconds"])
         if "mfu" in fields:
             numbers.append(f"MFU {fields['mfu']:.1%}")
+            if fields["hfu"] != fields["mfu"]:
+                numbers.append(f"HFU {fields['hfu']:.1%}")
         if self.live is None:
             self.say(f"step {fields['step']:,}/{self.total:,}: " + ", ".join([*numbers, f"ETA {eta}"]))
         else:

@@ -38,6 +38,7 @@ from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
 from pretrain.objectives.batch import Batch
 from pretrain.objectives.causal import Causal
+from pretrain.profile import Profile, Unprofiled
 from pretrain.report import Facts, Reporter, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
@@ -67,6 +68,7 @@ def train(run: Run) -> str:
         update = run.update()
         run.advance(data, update)
         run.log(data, loss, update)
+        run.end_step()
         if run.due(run.config.monitor.validate_every) or run.at_end:
             run.validate()
         if run.due(run.config.monitor.sample_every):
@@ -87,6 +89,7 @@ class Run:
         self.config, self.grid, self.sources, self.interrupt = config, grid, sources, interrupt
         self.reporter = Silent()
         self.heartbeat = Heartbeat()
+        self.profile = Unprofiled()
         self.folder = Path(config.run.dir)
         self.plan = Plan(config)
         self.tokenizer = sources.train.manifests[0].tokenizer()
@@ -111,10 +114,13 @@ class Run:
         try:
             while self.state.step < self.plan.total_steps:
                 self.heartbeat.mark(self.state.step + 1, "data")
-                started = time.perf_counter()
-                numbers, tokens = next(source)
-                waited = time.perf_counter() - started
-                yield self._step_data(numbers, tokens, waited)
+                self.profile.begin_step()
+                with self.profile.phase("data"):
+                    started = time.perf_counter()
+                    numbers, tokens = next(source)
+                    waited = time.perf_counter() - started
+                    made = self._step_data(numbers, tokens, waited)
+                yield made
         finally:
             source.close()
 
@@ -139,7 +145,8 @@ class Run:
 
     def update(self) -> Step:
         self.heartbeat.mark(self.state.step + 1, "optimizer step")
-        return self.engine.step(self.learning_rate())
+        with self.profile.phase("optimizer"):
+            return self.engine.step(self.learning_rate())
 
     def learning_rate(self) -> float:
         return self.plan.learning_rate(self.state.step)
@@ -198,6 +205,14 @@ class Run:
             batch_size=data.size,
             batch_hash=digest,
         )
+
+    def end_step(self) -> None:
+        """Of what a profile counts as the step; it tells what it found when it has found it."""
+        if self.profile.end_step():
+            self.heartbeat.mark(self.state.step, "profile")
+            with self.reporter.pause():
+                lines = self.profile.report()
+            self.reporter.say(*lines)
 
     def global_facts(self, data: StepData, loss: torch.Tensor) -> tuple[float, str]:
         """The step's sum of losses over all ranks, and the hash of its samples. Collective."""
@@ -342,6 +357,7 @@ class Run:
             self.bad_steps.fill_(found.state.bad_steps)
         if self.ending(stop=False):
             return
+        self.profile.start(self.state.step, self.plan.total_steps - self.state.step)
         runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
         if self.config.monitor.sample_every is not None and not self.can_sample:
@@ -363,27 +379,33 @@ class Run:
         )
 
 
-def main(config: Config, sources: Sources) -> int:
-    """`python -m pretrain train` from a checked config and its data. Returns the exit code."""
+def main(config: Config, sources: Sources, profile: int | None = None) -> int:
+    """`python -m pretrain train` from a checked config and its data. profile: steps to be measured. Returns the exit
+    code."""
     with Heartbeat(*rank_and_world(), config.parallel.timeout) as heartbeat:
-        return _main(config, sources, heartbeat)
+        return _main(config, sources, profile, heartbeat)
 
 
-def _main(config: Config, sources: Sources, heartbeat: Heartbeat) -> int:
+def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat) -> int:
     layout = Layout.of(config.parallel, rank_and_world()[1])
     interrupt = Interrupt.watch()
     grid = start_grid(layout, config.parallel.timeout)
     heartbeat.start()
-    agreement.check(config, sources, grid)
+    agreement.check(config, sources, grid, {"--profile": str(profile)})
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     run.heartbeat = heartbeat
+    if profile is not None:
+        run.profile = Profile(profile, grid, run.folder)
+        run.built.schedule.phase = run.profile.phase
     reporter = Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent()
     with run.disk_may_fill(), reporter as run.reporter:
         run.resume()
         over = run.ending(stop=False)
         reason = over or train(run)
         (run.reporter.over if over else run.reporter.end)(run.state, reason)
+        if unmeasured := run.profile.close():
+            run.reporter.warn(unmeasured)
     stop_grid()
     # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
     return {"diverged": 1, "stopped": interrupt.exit_code or 128 + signal.SIGTERM}.get(reason, 0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +92,41 @@ def test_help_needs_no_torch(command: list[str], tmp_path: Path) -> None:
     result = run_python(["blocked"], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def imported_by(arguments: list[str]) -> set[str]:
+    """Packages outside the standard library and our own that `python ARGUMENTS` imports, by the interpreter's own list."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+    names = re.findall(r"^import time: .*\| +(\S+)$", result.stderr, re.MULTILINE)
+    assert "argparse" in names or "-c" in arguments
+    return {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, *INSTALLED}
+
+
+@pytest.mark.parametrize(
+    "command", ["pretrain --help", "pretrain train --help", "launch --help", "launch local --help"]
+)
+def test_help_imports_the_standard_library_alone(command: str) -> None:
+    """So that it is there at once. What an environment imports at every start (.pth files) is not ours."""
+    environments = imported_by(["-c", "print('nothing')"])
+    assert imported_by(["-m", *command.split()]) - environments == set()
+
+
+def test_the_configs_help_imports_nothing_that_computes() -> None:
+    found = imported_by(["-m", "pretrain", "train", "--help-config"])
+    assert "pydantic" in found
+    assert (
+        found & {"torch", "numpy", "triton", "deepspeed", "megatron", "rich", "sentencepiece", "tensorboard"} == set()
+    )
+
+
+def test_an_import_that_is_no_help_would_be_found() -> None:
+    assert "numpy" in imported_by(["-c", "import numpy; print('here')"])

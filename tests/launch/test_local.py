@@ -179,12 +179,12 @@ def test_no_rank_outlives_a_killed_launcher(folder: Path) -> None:
 
 def test_dry_run_shows_the_commands_and_starts_nothing(tmp_path: Path) -> None:
     overrides = tiny(tmp_path, tmp_path / "no-shards")
-    options = ["--processes", "4", "--dry-run"]
+    options = ["--processes", "4", "--dry-run", "--profile", "5"]
     result = run_python(["launch", "local", CONFIG, *overrides, "parallel.tensor=2", *options, "parallel.pipeline=2"])
     assert result.returncode == 0, result.stderr
     assert "4 processes, tp2 x pp2, zero 1; nothing was started" in result.stdout
     words = [sys.executable, "-m", "pretrain", "train", CONFIG, *overrides, "parallel.tensor=2", "parallel.pipeline=2"]
-    train = shlex.join(words)
+    train = shlex.join([*words, "--profile=5"])
     assert [line.split(" ", 1)[0] for line in result.stdout.splitlines() if line.endswith(train)] == [
         f"RANK={rank}" for rank in range(4)
     ]

@@ -28,7 +28,7 @@ from tests.training import write_config
 
 # Fields of metrics.jsonl that a clock or the machine decides.
 MEASURED = (
-    *("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "mfu"),
+    *("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "mfu", "hfu"),
     *("checkpoint_stall_seconds", "checkpoint_write_seconds"),
 )
 # A smaller model still, with a batch-size ramp (4, 4, 4, 6, 6, 6, 8, ...), and validations that are quick.

@@ -42,8 +42,9 @@ def check_here(config_path: str, differ: dict[int, str], other: str) -> tuple[st
     config = runs.open_config(config_path, overrides, world)
     sources = Sources.open(config)
     grid = start_grid(Layout.of(config.parallel, world), 60)
+    options = {"--profile": "5" if what == "profile" else "None"}
     try:
-        agreement.check(config, sources, grid)
+        agreement.check(config, sources, grid, options)
     except UserError as error:
         return "told", str(error)
     except SystemExit as error:
@@ -73,6 +74,11 @@ def test_the_rank_with_another_override_is_named_with_field_and_both_values(conf
     lines = first[1].splitlines()
     assert f"rank 1 ({HOST}) differs" in lines[0]
     assert lines[1:-1] == ["  config optimizer.learning_rate: 0.5 on rank 1, 0.01 elsewhere"]
+
+
+def test_a_rank_that_alone_is_to_profile_is_named(config: Path, tmp_path: Path) -> None:
+    outcomes = agree(config, {2: "profile"}, tmp_path)
+    assert "--profile: 5 on rank 2, None elsewhere" in outcomes[0][1]
 
 
 def test_every_difference_of_every_rank_is_told(config: Path, tmp_path: Path) -> None:

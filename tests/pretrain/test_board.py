@@ -15,7 +15,7 @@ from tests.pretrain.running import train
 
 TAGS = {
     *("train/loss", "train/grad_norm", "train/learning_rate", "train/batch_size"),
-    *("speed/tokens_per_second", "speed/step_seconds", "speed/mfu"),
+    *("speed/tokens_per_second", "speed/step_seconds", "speed/mfu", "speed/hfu"),
     *("memory/gibibytes", "data/wait_seconds", "data/epochs"),
     *("checkpoint/stall_seconds", "checkpoint/write_seconds"),
     *("validation/loss", "validation/bits_per_byte"),
@@ -57,6 +57,7 @@ def test_there_is_every_group_and_no_other(events: EventAccumulator) -> None:
         ("speed/tokens_per_second", "tokens_per_second", 1),
         ("speed/step_seconds", "step_seconds", 1),
         ("speed/mfu", "mfu", 1),
+        ("speed/hfu", "hfu", 1),
         ("data/wait_seconds", "data_seconds", 1),
         ("memory/gibibytes", "memory_bytes", 2**-30),
         ("validation/loss", "validation_loss", 1),

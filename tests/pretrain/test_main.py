@@ -116,6 +116,8 @@ def main(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> tuple[
         (["trian", "x.yaml"], "invalid choice: 'trian' (choose from"),
         ([], "the following arguments are required: COMMAND"),
         (["train", "x.yaml", "--steps", "3"], "unrecognized arguments: --steps"),
+        (["train", "x.yaml", "--profile", "3", "--steps=3", "a=1"], "unrecognized arguments: --steps=3"),
+        (["inspect", "runs/x", "a=1"], "unrecognized arguments: a=1"),
         (["generate", "runs/x", "--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
         (
             ["train"],
@@ -167,6 +169,13 @@ def test_the_exit_code_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.main(["train", "x.yaml"]) == 3
     monkeypatch.setattr(sys, "argv", ["pretrain", "train", "x.yaml"])
     assert command.main() == 3
+
+
+def test_overrides_may_stand_before_and_after_the_options() -> None:
+    args = command.parse(["train", "x.yaml", "a.b=1", "--profile", "3", "c.d=2", "e.f=3"])
+    assert (args.config, args.overrides, args.profile) == ("x.yaml", ["a.b=1", "c.d=2", "e.f=3"], 3)
+    assert command.parse(["train", "x.yaml", "--profile"]).profile == 5
+    assert command.parse(["train", "x.yaml"]).profile is None
 
 
 def test_help_exits_0_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_every_step_has_the_promised_fields(run: Path, steps: list[dict[str, Any
     """The first step of a process compiles and warms up: it has no rates."""
     assert set(steps[0]) == STEP_FIELDS | {"memory_bytes"}
     for line in steps[1:]:
-        assert set(line) - SAVES == STEP_FIELDS | RATES | {"memory_bytes", "mfu"}
+        assert set(line) - SAVES == STEP_FIELDS | RATES | {"memory_bytes", "mfu", "hfu"}
     for line in running.lines_of(run):
         assert "loss" in line or set(line) == VALIDATION_FIELDS
 
@@ -91,14 +91,32 @@ def test_rates_agree_with_each_other_and_with_the_tokens(steps: list[dict[str, A
         assert 2**26 < line["memory_bytes"] < 2**36
 
 
+# 2 layers of 32 with 4 heads and three feed-forward matrices of 64; 33 / 2 of 32 keys are seen in the mean.
+BLOCKS, HEAD, SCORES = 2 * (4 * 32 * 32 + 3 * 32 * 64), 512 * 32, 2 * 2 * 32 * 33 / 2
+PEAK = 0.5e12
+
+
 def test_mfu_is_the_share_of_the_given_peak(steps: list[dict[str, Any]]) -> None:
-    """2 layers of 32 with 4 heads: 6 FLOPs a weight (norms and biases too; the tied embedding once, as the head) and
-    12 x 32 a key and layer, of which 32 are seen; the peak is 0.5 TFLOP/s."""
-    attention, feed_forward, norms = 4 * (32 * 32 + 32), 3 * 32 * 64 + 2 * 64 + 32, 2 * 32
-    block = attention + feed_forward + norms
-    flops = 6 * (512 * 32 + 2 * block + 32) + 12 * 32 * 32 * 2
+    """2 FLOPs a product, forward once and backward twice. Without recomputation HFU is the same."""
+    flops = 3 * 2 * (BLOCKS + HEAD + SCORES)
     for line in steps[1:]:
-        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 0.5e12)
+        assert line["mfu"] == line["hfu"] == pytest.approx(line["tokens_per_second"] * flops / PEAK)
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("selective", 2 * SCORES), ("full", 2 * (BLOCKS + SCORES))])
+def test_hfu_counts_recomputation_and_is_told_beside_mfu(
+    tmp_path: Path, tiny_data: Path, recompute: str, again: float
+) -> None:
+    options = (f"parallel.recompute={recompute}", "schedule.total=3 steps", "monitor.peak_tflops=0.5")
+    ran = train(tmp_path, tiny_data, *options)
+    assert ran.code == 0, ran.told
+    flops = 3 * 2 * (BLOCKS + HEAD + SCORES)
+    lines = [line for line in running.lines_of(tmp_path / "run") if "mfu" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / PEAK)
+        assert line["hfu"] == pytest.approx(line["tokens_per_second"] * (flops + again) / PEAK)
+        assert f"MFU {line['mfu']:.1%}, HFU {line['hfu']:.1%}, ETA " in ran.out
 
 
 def slow_by_the_clock() -> None:
@@ -127,7 +145,7 @@ def test_rates_hold_the_step_but_not_validation_and_saving_and_no_mfu_without_a_
     assert train(tmp_path, tiny_data, *options, fault=slow_by_the_clock).code == 0
     lines = [line for line in running.lines_of(tmp_path / "run") if "loss" in line]
     assert all(20 <= line["step_seconds"] < 60 for line in lines[1:])
-    assert not any("mfu" in line for line in lines)
+    assert not any("mfu" in line or "hfu" in line for line in lines)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tokens_per_second"] <= 32 * 6 / 20
     assert 580 <= summary["session_seconds"] < 640, "4 steps, 3 validations, 2 saves"
