@@ -1,4 +1,4 @@
-"""Softmax attention with causal, window and document masks, linear biases and dropout: softmax(q k^T * scale + bias) v.
+"""Softmax attention with causal, window and document masks, biases and dropout: softmax(q k^T * scale + bias) v.
 
 The plain-torch path works in blocks of queries: a block multiplies only the keys that one of its queries may see, so a
 causal mask saves nearly half of the products and a window nearly all. Inside torch.compile the masking, softmax and dropout
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.documents import numbered
 from kernels.noise import keep_mask, split_keys
+from kernels.relative import by_distance, by_place, wrong_bias
 
 MASKED = -1e30  # finite, so that a row without any visible key has no NaN; exp(MASKED - maximum) is exactly 0
 COMPILED_LENGTH = 1024  # up to here the compiled blocks beat the library; measured in docs/log.md
@@ -34,6 +35,8 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    edges: Tensor | None = None,
     documents: Tensor | None = None,
     query_documents: Tensor | None = None,
     dropout: float = 0.0,
@@ -48,13 +51,17 @@ def attention(
 
     causal: query i, at place first_query + i of the keys, sees keys up to its own place. window: it sees places less than
     `window` away, itself included. slopes (N,): adds -slope * distance to the scores (Press et al. 2022, "ALiBi").
+    bias (N, I) with edges (I - 1,) int32, ascending: adds bias[n, i] to the scores of head n where edges[i - 1] <= key's
+    place - query's place < edges[i] (`kernels.relative`; Raffel et al. 2020, "T5"); not together with slopes.
     documents (B, T) int: a query sees its own document only, the unbroken run of its number (`kernels.documents`); keys
     elsewhere (cross-attention) need the queries' own numbers too, query_documents (B, S), neither decreasing.
     dropout, of the probabilities: the mask is a hash of keys (B,) (`kernels.noise.sample_keys`), site, first_head + head,
     query and key. first_query: where q begins among the keys, for a key/value cache. scale: 1 / sqrt(D) unless given.
-    softcap: scores become softcap * tanh(scores / softcap), before ALiBi (Gemma Team 2024, "Gemma 2").
+    softcap: scores become softcap * tanh(scores / softcap), before biases (Gemma Team 2024, "Gemma 2").
     """
     _check(q, k, v, window, dropout, keys)
+    if wrong := wrong_bias(bias, edges, slopes, q.shape[2]):
+        raise ValueError(wrong)
     length, total = q.shape[1], k.shape[1]
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     if window is not None and window >= max(total, first_query + length):
@@ -63,11 +70,16 @@ def attention(
     if causal and window is None and length and first_query + 1 >= total:
         causal = False  # nothing is masked: the last query, or one query with a cache
     aligned = not causal or (first_query == 0 and length == total)
-    plain = window is None and slopes is None and numbers is None and softcap is None and dropout == 0.0
+    biased = slopes is not None or bias is not None
+    plain = window is None and not biased and numbers is None and softcap is None and dropout == 0.0
     if plain and aligned and _library_is_faster(q):
         return _library(q, k, v, causal, scale)
+    relative = None
+    if bias is not None and edges is not None:
+        wide = bias.to(torch.promote_types(q.dtype, torch.float32))
+        relative = by_distance(wide, edges, 1 - first_query - length, max(length + total - 1, 0))
     return _blocks(
-        q, k, v, causal, window, slopes, numbers, dropout, keys, site, first_head, first_query, scale, softcap
+        q, k, v, causal, window, slopes, relative, numbers, dropout, keys, site, first_head, first_query, scale, softcap
     )
 
 
@@ -113,6 +125,7 @@ def _blocks(
     causal: bool,
     window: int | None,
     slopes: Tensor | None,
+    relative: Tensor | None,
     numbers: tuple[Tensor, Tensor] | None,
     dropout: float,
     keys: Tensor | None,
@@ -144,6 +157,9 @@ def _blocks(
         scores = _wide(product).view(batch, groups, ratio, stop - start, high - low) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if relative is not None:
+            added = by_place(relative[:, length - stop + low : length - start + high - 1], stop - start)
+            scores = scores + added.view(groups, ratio, stop - start, high - low)
         places = torch.arange(first_query + start, first_query + stop, device=q.device)
         columns = torch.arange(low, high, device=q.device)
         same = None

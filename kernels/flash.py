@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import tiles
 from kernels.available import no_triton
 from kernels.documents import Bounds, bounds, numbered
+from kernels.relative import wrong_bias
 
 LARGEST_SIZE = 256
 LARGEST_GRID = 65535  # of a grid's second and third dimension
@@ -48,6 +49,8 @@ def flash_attention(
     causal: bool = True,
     window: int | None = None,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    edges: Tensor | None = None,
     documents: Tensor | None = None,
     query_documents: Tensor | None = None,
     dropout: float = 0.0,
@@ -59,7 +62,7 @@ def flash_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """`kernels.attention.attention`, whose arguments these are. Raises ValueError with `unsupported`'s reason."""
-    reason = unsupported(q, k, v, slopes=slopes, dropout=dropout, keys=keys)
+    reason = unsupported(q, k, v, slopes=slopes, bias=bias, edges=edges, dropout=dropout, keys=keys)
     if reason:
         raise ValueError(f"the Triton attention kernels cannot run this: {reason}")
     if window is not None and window < 1:
@@ -75,6 +78,8 @@ def flash_attention(
         k,
         v,
         None if slopes is None else slopes.contiguous(),
+        bias,
+        edges,
         keys.contiguous() if keys is not None and dropout else None,
         *seen,
         causal,
@@ -95,6 +100,8 @@ def unsupported(
     v: Tensor,
     *,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    edges: Tensor | None = None,
     dropout: float = 0.0,
     keys: Tensor | None = None,
 ) -> str:
@@ -111,6 +118,8 @@ def unsupported(
         return f"at most {LARGEST_GRID} sequences and heads are supported, found {batch} and {heads}"
     if slopes is not None and slopes.requires_grad:
         return "linear biases have no gradient here"
+    if wrong := wrong_bias(bias, edges, slopes, heads):
+        return wrong
     if dropout and (keys is None or keys.dtype != torch.int32):
         return "dropout needs int32 `keys`, one for each sequence: see kernels.noise.sample_keys"
     return _device_reason(q)
@@ -143,6 +152,8 @@ def _forward(
     k: Tensor,
     v: Tensor,
     slopes: Tensor | None,
+    bias: Tensor | None,
+    edges: Tensor | None,
     keys: Tensor | None,
     key_low: Tensor | None,
     key_high: Tensor | None,
@@ -165,7 +176,7 @@ def _forward(
 
     options = Options(causal, window, dropout, site, first_head, first_query, scale, softcap)
     with torch.cuda.device_of(q):  # Triton launches on the current device; on a CPU this does nothing
-        return launch.forward(q, k, v, slopes, keys, key_low, key_high, options)
+        return launch.forward(q, k, v, slopes, bias, edges, keys, key_low, key_high, options)
 
 
 @_forward.register_fake
@@ -183,6 +194,8 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     slopes: Tensor | None,
+    bias: Tensor | None,
+    edges: Tensor | None,
     keys: Tensor | None,
     key_low: Tensor | None,
     key_high: Tensor | None,
@@ -196,8 +209,8 @@ def _backward(
     first_query: int,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the gradients of q, k and v, contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of q, k, v and bias, contiguous; of no bias (0, 0)."""
     from kernels import flash_launch as launch
 
     options = Options(causal, window, dropout, site, first_head, first_query, scale, softcap)
@@ -206,24 +219,41 @@ def _backward(
         assert key_high is not None and query_low is not None and query_high is not None
         seen = Bounds(key_low, key_high, query_low, query_high)
     with torch.cuda.device_of(q):
-        return launch.backward(grad, q, k, v, out, lse, slopes, keys, seen, options)
+        return launch.backward(grad, q, k, v, out, lse, slopes, bias, edges, keys, seen, options)
 
 
 @_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = q.new_empty(0, 0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), table
+
+
+NUM_OPTIONAL = 8  # tensors that the operator takes after q, k and v
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *others = inputs
-    ctx.options = others[6:]
-    ctx.save_for_backward(q, k, v, *output, *others[:6])
+    ctx.biased = others[1] is not None
+    ctx.options = others[NUM_OPTIONAL:]
+    ctx.save_for_backward(q, k, v, *output, *others[:NUM_OPTIONAL])
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.kernels.flash_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, *[None] * 14)
+    saved = ctx.saved_tensors
+    dq, dk, dv, table = torch.ops.kernels.flash_attention_backward(grad, *saved, *ctx.options)
+    unbiased = [None] * (NUM_OPTIONAL - 2 + len(ctx.options))
+    return dq, dk, dv, None, table if ctx.biased else None, *unbiased
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

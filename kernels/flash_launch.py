@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -14,7 +15,8 @@ from kernels import tiles
 from kernels.documents import Bounds
 from kernels.flash import Options, capability
 from kernels.noise import _i32
-from kernels.triton import attention_backward, attention_forward
+from kernels.relative import by_distance
+from kernels.triton import attention_backward, attention_bias, attention_forward
 
 LOG2_E = math.log2(math.e)
 FIRST_WITH_DESCRIPTORS = 90
@@ -26,6 +28,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     slopes: Tensor | None,
+    bias: Tensor | None,
+    edges: Tensor | None,
     keys: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
@@ -38,11 +42,12 @@ def forward(
     if out.numel() == 0 or total == 0:
         return out.zero_(), lse.fill_(-math.inf)
     q, k, v = aligned(q), aligned(k), aligned(v)
-    tile = tiles.tile("forward", capability(q), size, q.dtype)
-    flags = variant(q, options, slopes, low is not None)
+    tile = tiles.tile("forward", capability(q), size, q.dtype, bias is not None)
+    flags = variant(q, options, slopes, bias, low is not None)
     rows, columns = (sides(flags, tile.rows, q), sides(flags, tile.columns, k, v))
     attention_forward.forward_kernel[triton.cdiv(length, tile.rows), heads, batch](
-        *rows, *columns, out, lse, slopes, keys, low, high, strides(q), strides(k), strides(v),
+        *rows, *columns, out, lse, slopes, relative_bias(bias, edges, options, length, total),
+        keys, low, high, strides(q), strides(k), strides(v),
         length, total, heads, heads // groups, *scalars(options),
         **walk_over_keys(options, flags, tile, total), **flags, **launched(tile),
     )  # fmt: skip
@@ -57,17 +62,21 @@ def backward(
     out: Tensor,
     lse: Tensor,
     slopes: Tensor | None,
+    bias: Tensor | None,
+    edges: Tensor | None,
     keys: Tensor | None,
     seen: Bounds | None,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias, contiguous; of no bias (0, 0)."""
     (batch, length, heads, size), (_, total, groups, _) = q.shape, k.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    table = q.new_zeros(0, 0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
     if dq.numel() == 0 or dk.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), table
     grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
-    flags = variant(q, options, slopes, seen is not None)
+    flags = variant(q, options, slopes, bias, seen is not None)
+    relative = relative_bias(bias, edges, options, length, total)
     delta = torch.empty_like(lse)
     rows = tiles.DELTA_ROWS
     attention_backward.delta_kernel[triton.cdiv(length, rows), heads, batch](
@@ -76,26 +85,97 @@ def backward(
     )  # fmt: skip
     shared = (strides(q), strides(k), strides(v), strides(grad), length, total, heads, heads // groups)
 
-    tile = tiles.tile("key", capability(q), size, q.dtype)
+    tile = tiles.tile("key", capability(q), size, q.dtype, bias is not None)
     tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
     bounds = (None, None) if seen is None else (seen.query_low, seen.query_high)
     for wanted in tiles.passes(capability(q), size):
         attention_backward.key_kernel[triton.cdiv(total, tile.columns), groups, batch](
-            tall[0], *wide, tall[1], lse, delta, dk, dv, slopes, keys, *bounds, *shared, *scalars(options),
+            tall[0], *wide, tall[1], lse, delta, dk, dv, slopes, relative, keys, *bounds, *shared, *scalars(options),
             **walk_over_queries(options, flags, tile, length), **flags, **wanted, **launched(tile),
         )  # fmt: skip
 
-    tile = tiles.tile("query", capability(q), size, q.dtype)
+    tile = tiles.tile("query", capability(q), size, q.dtype, bias is not None)
     tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
     bounds = (None, None) if seen is None else (seen.key_low, seen.key_high)
     attention_backward.query_kernel[triton.cdiv(length, tile.rows), heads, batch](
-        tall[0], *wide, tall[1], lse, delta, dq, slopes, keys, *bounds, *shared, *scalars(options),
+        tall[0], *wide, tall[1], lse, delta, dq, slopes, relative, keys, *bounds, *shared, *scalars(options),
         **walk_over_keys(options, flags, tile, total), **flags, **launched(tile),
     )  # fmt: skip
-    return dq, dk, dv
+
+    if bias is not None and edges is not None:
+        table = bias_gradient(q, k, v, grad, lse, delta, bias, edges, relative, keys, bounds, shared, flags, options)
+    return dq, dk, dv, table
 
 
-def variant(q: Tensor, options: Options, slopes: Tensor | None, documents: bool) -> dict[str, Any]:
+def bias_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor,
+    edges: Tensor,
+    relative: tuple[Tensor, int, Tensor] | None,
+    keys: Tensor | None,
+    bounds: tuple[Tensor | None, Tensor | None],
+    shared: tuple[Any, ...],
+    flags: dict[str, Any],
+    options: Options,
+) -> Tensor:
+    """The gradient of bias (N, I), from what the other kernels of the backward were launched with."""
+    tile = tiles.tile("bias", capability(q), q.shape[3], q.dtype, biased=True)
+    tall, wide = sides(flags, tile.rows, q, grad), sides(flags, tile.columns, k, v)
+    lowest, count = diagonals(options, tile.rows, q.shape[1], k.shape[1])
+    limits = bucket_limits(edges)
+    sums = lse.new_zeros((count, q.shape[0], q.shape[2], len(limits)))
+    if count:
+        attention_bias.bias_kernel[count, q.shape[2], q.shape[0]](
+            tall[0], *wide, tall[1], lse, delta, sums, limits, relative, keys, *bounds, *shared, lowest,
+            *scalars(options), BLOCK_M=tile.rows, BLOCK_N=tile.columns, BUCKETS=len(limits),
+            **{name: flags[name] for name in flags if name not in ("SLOPES", "BIAS")}, **launched(tile),
+        )  # fmt: skip
+    return sums.sum((0, 1))[:, : bias.shape[1]].to(bias.dtype)
+
+
+def diagonals(options: Options, side: int, length: int, total: int) -> tuple[int, int]:
+    """Which diagonals of tiles hold a pair that sees each other, causality and window alone: the lowest, and how many.
+
+    A diagonal's number d is its tiles' key block less their query block; it has the distances within side - 1 of
+    d * side - first_query.
+    """
+    first, last = 1 - triton.cdiv(length, side), triton.cdiv(total, side) - 1
+    nearest, farthest = -(length + options.first_query), total
+    if options.causal:
+        farthest = 0
+    if options.window:
+        nearest, farthest = 1 - options.window, min(farthest, options.window - 1)
+    first = max(first, -(-(nearest + options.first_query - side + 1) // side))
+    last = min(last, (farthest + options.first_query + side - 1) // side)
+    return first, max(last - first + 1, 0)
+
+
+def bucket_limits(edges: Tensor) -> Tensor:
+    """(a power of two above I,) int32: the lowest integer, edges (I - 1,), and the largest integer from there on."""
+    width = triton.next_power_of_2(len(edges) + 2)
+    begins = F.pad(edges, (1, 0), value=-(2**31))
+    return F.pad(begins, (0, width - len(begins)), value=2**31 - 1)
+
+
+def relative_bias(
+    bias: Tensor | None, edges: Tensor | None, options: Options, length: int, total: int
+) -> tuple[Tensor, int, Tensor] | None:
+    """What `kernels.triton.attention.biases` takes."""
+    if bias is None or edges is None:
+        return None
+    values = by_distance(bias.float() * LOG2_E, edges, 1 - options.first_query - length, length + total - 1)
+    width = -(-(values.shape[1] + 2 * tiles.MARGIN) // 16) * 16  # a multiple, so that all lengths are one variant
+    limits = bucket_limits(edges)
+    ends = torch.stack((limits[1], limits[len(edges)]))
+    return F.pad(values, (tiles.MARGIN, width - values.shape[1] - tiles.MARGIN)), width, ends
+
+
+def variant(q: Tensor, options: Options, slopes: Tensor | None, bias: Tensor | None, documents: bool) -> dict[str, Any]:
     """The compile-time arguments that do not depend on a tile."""
     return {
         "SIZE": q.shape[3],
@@ -104,6 +184,7 @@ def variant(q: Tensor, options: Options, slopes: Tensor | None, documents: bool)
         "WINDOW": options.window > 0,
         "DOCUMENTS": documents,
         "SLOPES": slopes is not None,
+        "BIAS": bias is not None,
         "SOFTCAP": options.softcap > 0,
         "DROPOUT": options.dropout > 0,
         "DESCRIPTOR": capability(q) >= FIRST_WITH_DESCRIPTORS and q.dtype.itemsize == 2,

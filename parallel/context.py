@@ -2,7 +2,7 @@
 
 Before: each of C ranks holds a slice of the sequence of all its heads. One all-to-all later it holds the whole sequence of
 a C-th of the heads, runs the ordinary attention on it, and a second all-to-all gives back its slice. Head n of the exchanged
-is head `first_head + rank * N / C + n` of the model, so dropout masks and ALiBi slopes are those of one process.
+is head `first_head + rank * N / C + n` of the model, so dropout masks, ALiBi slopes and relative biases are those of one process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def exchanged_attention(
     backend: Backend = "torch",
     first_head: int = 0,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """q (B, S, N, D), k and v (B, S, G, D) of this rank's slice -> (B, S, N, D); N a multiple of the context ranks.
@@ -42,7 +43,11 @@ def exchanged_attention(
     mine = axis.rank * heads
     if slopes is not None:
         slopes = slopes[mine : mine + heads]
-    return layer(q, k, v, 0, None, first_head=first_head + mine, slopes=slopes, **options)
+    if bias is not None:
+        bias = bias[
+            mine : mine + heads
+        ]  # so of the whole table's gradient a rank has the rows of its heads, others are 0
+    return layer(q, k, v, 0, None, first_head=first_head + mine, slopes=slopes, bias=bias, **options)
 
 
 def _exchange(axis: ContextAxis, backend: Backend) -> torch.nn.Module:

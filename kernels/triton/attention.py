@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MARGIN = tl.constexpr(128)  # kernels.tiles.MARGIN
 NOWHERE = tl.constexpr(1 << 30)  # where an empty interval begins: beyond any place
 
 
@@ -159,4 +160,32 @@ def capped(product, scale, cap, SOFTCAP: tl.constexpr):
     scores = product * scale
     if SOFTCAP:
         scores = cap * tanh(scores / cap)
+    return scores
+
+
+@triton.jit
+def biases(bias, head, S):
+    """A head's relative bias as `biased` takes it: a pointer to its number where column and row are the same, and the two
+    distances between which there is more than one bucket.
+
+    bias: pointer to numbers (N, S + T - 1) by distance, in base 2, with MARGIN zeros before and more behind, so that places
+    beyond either end are in memory too; the elements from a head to the next; pointer to the two distances, int32.
+    """
+    zero = bias[0] + tl.cast(head, tl.int64) * bias[1] + (S - 1 + MARGIN)
+    return zero, tl.load(bias[2]), tl.load(bias[2] + 1)
+
+
+@triton.jit
+def biased(scores, relative, rows, columns, begin, at, first_query, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """scores plus the bias of the tile of ROWS queries from `begin` and COLUMNS keys from `at` on; rows and columns: their
+    places, to broadcast.
+
+    Far from the diagonal a tile is all in the first or the last bucket: one number is read. Besides, Triton would copy a
+    tile that is not read in a branch to shared memory, stages ahead, for which there is no room.
+    """
+    distance = at - begin - first_query
+    if (distance + COLUMNS - 1 < relative[1]) | (distance - ROWS + 1 >= relative[2]):
+        scores += tl.load(relative[0] + (at - begin))
+    else:
+        scores += tl.load(relative[0] + (columns - rows))
     return scores

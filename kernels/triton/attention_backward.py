@@ -6,6 +6,7 @@ for gradients whose every sum has one order.
 
 With s the scores, P the probabilities, Z the kept ones times 1 / (1 - rate) and O = (P Z) V:
 dV = (P Z)^T dO, dP = (dO V^T) Z, dS = P (dP - delta), delta = rowsum(dO O), dQ = dS K * scale, dK = dS^T Q * scale.
+A relative bias is added to S, so its gradient is dS too, summed elsewhere (`kernels.triton.attention_bias`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.attention import capped, load_tile, store_tile, stretches, visible_keys, visible_queries
+from kernels.triton.attention import (
+    biased,
+    biases,
+    capped,
+    load_tile,
+    store_tile,
+    stretches,
+    visible_keys,
+    visible_queries,
+)
 from kernels.triton.noise import kept, row_keys, site_key
 
 
@@ -31,7 +41,7 @@ def delta_kernel(out, grad, delta, grad_strides, S, N, SIZE: tl.constexpr, WIDTH
 
 
 @triton.jit
-def _score_gradient(scores, product, cap, SOFTCAP: tl.constexpr):
+def _uncapped(scores, product, cap, SOFTCAP: tl.constexpr):
     """product, a gradient of capped scores, as that of the scores before."""
     if SOFTCAP:
         ratio = scores / cap
@@ -42,10 +52,10 @@ def _score_gradient(scores, product, cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _walk_queries(
     dk, dv, keys, values, q, grad, lse, delta, noise, columns, first, last, batch, head, start, stop, q_strides,
-    grad_strides, S, first_query, slope, scale, cap, threshold, keep_scale,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    grad_strides, S, begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The queries start : stop of one head; all tiles are (keys, queries), so that probabilities stay in registers."""
     for at in tl.range(start, stop, BLOCK_M):
@@ -55,10 +65,14 @@ def _walk_queries(
         queries = load_tile(q, batch, head, at, q_strides, S, BLOCK_M, SIZE, WIDTH, DESCRIPTOR, MASK)
         sums = tl.load(lse + rows, mask=inside, other=0.0)
         scores = capped(tl.dot(keys, queries.T, input_precision=PRECISION), scale, cap, SOFTCAP)
-        biased = scores
+        whole = scores
         if SLOPES:
-            biased -= slope * tl.abs(rows[None, :] + first_query - columns[:, None]).to(tl.float32)
-        weights = tl.exp2(biased - sums[None, :])
+            whole -= slope * tl.abs(rows[None, :] + first_query - columns[:, None]).to(tl.float32)
+        if BIAS:
+            whole = biased(
+                whole, relative, rows[None, :], columns[:, None], at, begin, first_query, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+        weights = tl.exp2(whole - sums[None, :])
         if MASK:
             seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
             weights = tl.where(seen, weights, 0.0)
@@ -74,19 +88,19 @@ def _walk_queries(
             if DROPOUT:
                 product = tl.where(keep, product * keep_scale, 0.0)
             product = weights * (product - tl.load(delta + rows, mask=inside, other=0.0)[None, :])
-            product = _score_gradient(scores, product, cap, SOFTCAP)
+            product = _uncapped(scores, product, cap, SOFTCAP)
             dk = tl.dot(product.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def key_kernel(
-    q, k, v, grad, lse, delta, dk, dv, slopes, keys, low, high, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad, lse, delta, dk, dv, slopes, bias, keys, low, high, q_strides, k_strides, v_strides, grad_strides,
     S, T, N, ratio, first_query, window, first_head, site, threshold, keep_scale, scale, cap,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk (if KEYS) and dv (if VALUES), (B, T, G, D), of BLOCK_N keys, summed over the ratio heads that read them; grid
     (blocks of keys, G, B)."""
@@ -102,9 +116,11 @@ def key_kernel(
     for member in tl.range(0, ratio):
         head = group * ratio + member
         row = (tl.cast(batch, tl.int64) * N + head) * S
-        slope, noise = 0.0, 0
+        slope, relative, noise = 0.0, 0, 0
         if SLOPES:
             slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
+        if BIAS:
+            relative = biases(bias, head, S)
         if DROPOUT:
             noise = site_key(keys, batch, head + first_head, site)
         for part in tl.static_range(3):
@@ -114,8 +130,9 @@ def key_kernel(
                     batch, head,
                     start if part == 0 else (whole if part == 1 else partial),
                     whole if part == 0 else (partial if part == 1 else stop),
-                    q_strides, grad_strides, S, first_query, slope, scale, cap, threshold, keep_scale,
-                    SIZE, WIDTH, BLOCK_M, SLOPES, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION, KEYS, VALUES,
+                    q_strides, grad_strides, S, begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+                    SIZE, WIDTH, BLOCK_M, BLOCK_N, SLOPES, BIAS, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
+                    KEYS, VALUES,
                 )  # fmt: skip
     if KEYS:
         store_tile(dk, sum_k * (scale * 0.6931471805599453), batch, group, begin, N // ratio, T, BLOCK_N, SIZE, WIDTH)
@@ -124,43 +141,65 @@ def key_kernel(
 
 
 @triton.jit
+def score_gradients(
+    queries, above, sums, delta, k, v, noise, rows, first, last, batch, group, at, k_strides, v_strides, T,
+    begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys from `at` on, and of a tile (queries, keys) the capped scores and the gradient dS of the biased ones."""
+    columns = at + tl.arange(0, BLOCK_N)
+    keys = load_tile(k, batch, group, at, k_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
+    scores = capped(tl.dot(queries, keys.T, input_precision=PRECISION), scale, cap, SOFTCAP)
+    whole = scores
+    if SLOPES:
+        whole -= slope * tl.abs(rows[:, None] + first_query - columns[None, :]).to(tl.float32)
+    if BIAS:
+        whole = biased(
+            whole, relative, rows[:, None], columns[None, :], begin, at, first_query, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+    weights = tl.exp2(whole - sums[:, None])
+    if MASK:
+        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        weights = tl.where(seen, weights, 0.0)
+    values = load_tile(v, batch, group, at, v_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
+    product = tl.dot(above, values.T, input_precision=PRECISION)
+    if DROPOUT:
+        keep = kept(noise[:, None], columns[None, :], threshold)
+        product = tl.where(keep, product * keep_scale, 0.0)
+    return keys, scores, weights * (product - delta[:, None])
+
+
+@triton.jit
 def _walk_keys(
     dq, queries, above, sums, delta, k, v, noise, rows, first, last, batch, group, start, stop, k_strides,
-    v_strides, T, first_query, slope, scale, cap, threshold, keep_scale,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    v_strides, T, begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys start : stop."""
     for at in tl.range(start, stop, BLOCK_N):
         at = tl.multiple_of(at, BLOCK_N)
-        columns = at + tl.arange(0, BLOCK_N)
-        keys = load_tile(k, batch, group, at, k_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
-        scores = capped(tl.dot(queries, keys.T, input_precision=PRECISION), scale, cap, SOFTCAP)
-        biased = scores
-        if SLOPES:
-            biased -= slope * tl.abs(rows[:, None] + first_query - columns[None, :]).to(tl.float32)
-        weights = tl.exp2(biased - sums[:, None])
-        if MASK:
-            seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
-            weights = tl.where(seen, weights, 0.0)
-        values = load_tile(v, batch, group, at, v_strides, T, BLOCK_N, SIZE, WIDTH, DESCRIPTOR, MASK)
-        product = tl.dot(above, values.T, input_precision=PRECISION)
-        if DROPOUT:
-            keep = kept(noise[:, None], columns[None, :], threshold)
-            product = tl.where(keep, product * keep_scale, 0.0)
-        product = _score_gradient(scores, weights * (product - delta[:, None]), cap, SOFTCAP)
+        keys, scores, product = score_gradients(
+            queries, above, sums, delta, k, v, noise, rows, first, last, batch, group, at, k_strides, v_strides,
+            T, begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+            SIZE, WIDTH, BLOCK_M, BLOCK_N, SLOPES, BIAS, SOFTCAP, DROPOUT, DESCRIPTOR, MASK, PRECISION,
+        )  # fmt: skip
+        product = _uncapped(scores, product, cap, SOFTCAP)
         dq = tl.dot(product.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def query_kernel(
-    q, k, v, grad, lse, delta, dq, slopes, keys, low, high, q_strides, k_strides, v_strides, grad_strides, S, T,
+    q, k, v, grad, lse, delta, dq, slopes, bias, keys, low, high, q_strides, k_strides, v_strides, grad_strides, S, T,
     N, ratio, first_query, window, first_head, site, threshold, keep_scale, scale, cap,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (B, S, N, D) of BLOCK_M queries; grid (blocks of queries, N, B)."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -179,7 +218,9 @@ def query_kernel(
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
-    noise = rows
+    relative, noise = rows, rows
+    if BIAS:
+        relative = biases(bias, head, S)
     if DROPOUT:
         noise = row_keys(site_key(keys, batch, head + first_head, site), rows + first_query)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -189,7 +230,7 @@ def query_kernel(
                 acc, queries, above, sums, shares, k, v, noise, rows, first, last, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),
                 whole if part == 0 else (partial if part == 1 else stop),
-                k_strides, v_strides, T, first_query, slope, scale, cap, threshold, keep_scale,
-                SIZE, WIDTH, BLOCK_N, SLOPES, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
+                k_strides, v_strides, T, begin, first_query, slope, relative, scale, cap, threshold, keep_scale,
+                SIZE, WIDTH, BLOCK_M, BLOCK_N, SLOPES, BIAS, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
             )  # fmt: skip
     store_tile(dq, acc * (scale * 0.6931471805599453), batch, head, begin, N, S, BLOCK_M, SIZE, WIDTH)

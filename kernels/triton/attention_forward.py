@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.attention import capped, load_tile, store_tile, stretches, visible_keys
+from kernels.triton.attention import biased, biases, capped, load_tile, store_tile, stretches, visible_keys
 from kernels.triton.noise import kept, row_keys, site_key
 
 LOWEST = tl.constexpr(-1e30)  # finite: the maximum of a row that has seen no key yet
@@ -17,9 +17,10 @@ LOWEST = tl.constexpr(-1e30)  # finite: the maximum of a row that has seen no ke
 @triton.jit
 def _walk(
     acc, total, maximum, q, k, v, rows, first, last, noise, batch, group, start, stop, k_strides, v_strides, T,
-    first_query, slope, scale, cap, threshold,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    begin, first_query, slope, relative, scale, cap, threshold,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOPES: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys start : stop, a multiple of BLOCK_N the first; MASK: not every row sees them all."""
     for at in tl.range(start, stop, BLOCK_N):
@@ -29,6 +30,10 @@ def _walk(
         scores = capped(tl.dot(q, keys.T, input_precision=PRECISION), scale, cap, SOFTCAP)
         if SLOPES:
             scores -= slope * tl.abs(rows[:, None] + first_query - columns[None, :]).to(tl.float32)
+        if BIAS:
+            scores = biased(
+                scores, relative, rows[:, None], columns[None, :], begin, at, first_query, BLOCK_M, BLOCK_N
+            )  # fmt: skip
         if MASK:
             seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -47,16 +52,17 @@ def _walk(
 
 @triton.jit(do_not_specialize=["first_query", "window", "first_head", "site", "threshold"])
 def forward_kernel(
-    q, k, v, out, lse, slopes, keys, low, high, q_strides, k_strides, v_strides, S, T, N, ratio, first_query,
+    q, k, v, out, lse, slopes, bias, keys, low, high, q_strides, k_strides, v_strides, S, T, N, ratio, first_query,
     window, first_head, site, threshold, keep_scale, scale, cap,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q (B, S, N, D), k and v (B, T, G, D) -> out, lse (B, N, S); grid (blocks of queries, N, B).
 
-    HEAD, TAIL: whether blocks before and after those seen whole may be seen in part.
+    bias: what `biases` takes, if BIAS. HEAD, TAIL: whether blocks before and after
+    those seen whole may be seen in part.
     """
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if CAUSAL:
@@ -70,7 +76,9 @@ def forward_kernel(
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
-    noise = rows
+    relative, noise = rows, rows
+    if BIAS:
+        relative = biases(bias, head, S)
     if DROPOUT:
         noise = row_keys(site_key(keys, batch, head + first_head, site), rows + first_query)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -82,8 +90,8 @@ def forward_kernel(
                 acc, total, maximum, queries, k, v, rows, first, last, noise, batch, group,
                 start if part == 0 else (whole if part == 1 else partial),
                 whole if part == 0 else (partial if part == 1 else stop),
-                k_strides, v_strides, T, first_query, slope, scale, cap, threshold,
-                SIZE, WIDTH, BLOCK_N, SLOPES, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
+                k_strides, v_strides, T, begin, first_query, slope, relative, scale, cap, threshold,
+                SIZE, WIDTH, BLOCK_M, BLOCK_N, SLOPES, BIAS, SOFTCAP, DROPOUT, DESCRIPTOR, part != 1, PRECISION,
             )  # fmt: skip
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,7 +21,7 @@ from kernels import flash, flash_launch, tiles
 from kernels.attention import alibi_slopes, attention
 from kernels.flash import flash_attention
 from kernels.noise import keep_mask, sample_keys, split_keys
-from tests.kernels.test_attention import dense, documents_of
+from tests.kernels.test_attention import dense, documents_of, visible_places
 
 SITE = 9
 FRACTION = 0.3  # dropout, where it is on
@@ -40,6 +41,7 @@ class Setting(NamedTuple):
     causal: bool = True
     window: int | None = None
     slopes: bool = False
+    edges: tuple[int, ...] | None = None  # of a relative bias's buckets, if there is one
     documents: tuple[int, ...] = ()  # lengths, of the keys
     query_documents: tuple[int, ...] = ()
     dropout: bool = False
@@ -61,7 +63,7 @@ class Error(NamedTuple):
 
     ours: float  # largest of an element
     eager: float  # the same of plain torch in this type
-    relative: float  # Frobenius norms; of a true gradient that is zero (one key alone), to 0.01 an element
+    relative: float  # Frobenius norms; a true gradient of zero (one key or bucket alone) counts as `errors` says
 
 
 def tensors(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,12 +91,23 @@ def tensors(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def table_of(setting: Setting) -> dict[str, Tensor]:
+    """bias (N, I) float32, by its name, if there is one."""
+    if setting.edges is None:
+        return {}
+    generator = torch.Generator().manual_seed(2 + setting.heads)
+    return {"bias": torch.randn(setting.heads, len(setting.edges) + 1, generator=generator)}
+
+
 def options_of(setting: Setting) -> dict[str, Any]:
+    """All but q, k, v and bias."""
     s = setting
     options: dict[str, Any] = {"causal": s.causal, "window": s.window, "first_query": s.first_query, "scale": s.scale}
     options["softcap"] = s.softcap
     if s.slopes:
         options["slopes"] = alibi_slopes(s.heads + 3)[:-3]
+    if s.edges is not None:
+        options["edges"] = torch.tensor(s.edges, dtype=torch.int32)
     if s.documents:
         options["documents"] = documents_of(*s.documents).expand(s.batch, s.keys)
     if s.query_documents:
@@ -105,7 +118,7 @@ def options_of(setting: Setting) -> dict[str, Any]:
     return options
 
 
-def truth(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def truth(setting: Setting, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition in float64."""
     s, options = setting, options_of(setting)
     keep = same = None
@@ -118,9 +131,9 @@ def truth(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = options.get("query_documents")
         own = numbers[:, s.first_query : s.first_query + s.queries] if own is None else own
         same = own[:, :, None] == numbers[:, None, :]
-    names = ("causal", "window", "slopes", "scale", "first_query", "softcap")
+    names = ("causal", "window", "slopes", "edges", "scale", "first_query", "softcap")
     plain = {name: options[name] for name in names if name in options}
-    return dense(q, k, v, keep=keep, dropout=FRACTION if s.dropout else 0.0, same=same, **plain)
+    return dense(q, k, v, bias=bias, keep=keep, dropout=FRACTION if s.dropout else 0.0, same=same, **plain)
 
 
 @contextmanager
@@ -135,9 +148,10 @@ def tiled(setting: Setting) -> Iterator[None]:
 
 
 def results(setting: Setting, function: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Output, and the gradients of q, k and v under a random gradient of the output."""
-    inputs = tuple(x.to(dtype or x.dtype).requires_grad_() for x in tensors(setting))
-    out = function(*inputs)
+    """Output, and the gradients of q, k, v, and bias if there is one, under a random gradient of the output."""
+    table = table_of(setting)
+    inputs = tuple(x.to(dtype or x.dtype).requires_grad_() for x in (*tensors(setting), *table.values()))
+    out = function(*inputs[:3], **dict(zip(table, inputs[3:], strict=True)))
     generator = torch.Generator().manual_seed(7)
     weights = torch.randn(out.shape, generator=generator).to(getattr(torch, setting.dtype)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, inputs, weights, materialize_grads=True)]
@@ -145,21 +159,23 @@ def results(setting: Setting, function: Any, dtype: torch.dtype | None = None) -
 
 def kernel_results(setting: Setting) -> list[Tensor]:
     with tiled(setting):
-        return results(setting, lambda q, k, v: flash_attention(q, k, v, **options_of(setting)))
+        return results(setting, partial(flash_attention, **options_of(setting)))
 
 
 def errors(setting: Setting) -> dict[str, Error]:
-    """Of the output and the three gradients."""
-    exact = results(setting, lambda q, k, v: truth(setting, q, k, v), torch.float64)
-    eager = results(setting, lambda q, k, v: attention(q, k, v, **options_of(setting)))
+    """Of the output and the gradients. Zero counts as 0.05 an element, in a bias as 0.25 a query: a bucket is their sum."""
+    exact = results(setting, partial(truth, setting), torch.float64)
+    eager = results(setting, partial(attention, **options_of(setting)))
     ours = kernel_results(setting)
+    names = ("output", "dq", "dk", "dv", "dbias")[: len(exact)]
+    zero = dict.fromkeys(names, 0.05) | {"dbias": 0.25 * max(setting.queries, 1) ** 0.5}
     return {
         name: Error(
             float((mine.double() - true).abs().max()),
             float((plain.double() - true).abs().max()),
-            float((mine.double() - true).norm() / true.norm().clamp(min=0.01 * true.numel() ** 0.5)),
+            float((mine.double() - true).norm() / true.norm().clamp(min=zero[name] * true.numel() ** 0.5)),
         )
-        for name, mine, plain, true in zip(("output", "dq", "dk", "dv"), ours, eager, exact, strict=True)
+        for name, mine, plain, true in zip(names, ours, eager, exact, strict=True)
     }
 
 
@@ -168,7 +184,8 @@ def wrong(setting: Setting) -> list[str]:
     1e-5 in float32, 2e-3 in float16. Twice that for gradients.
 
     Large scores have no relative bound: their own rounding is large. In float16 the 1e-5 is then a share of the operands:
-    in tiles, delta comes from the rounded output (Dao 2023), which plain torch has not rounded yet.
+    in tiles, delta comes from the rounded output (Dao 2023), which plain torch has not rounded yet. A bucket of a bias adds
+    that up over all queries, so in float16 its gradient has the relative bound alone.
     """
     hostile = setting.magnitude != 1.0 or setting.offset != 0.0
     bound = {"float32": 1e-5, "float16": 2e-3}[setting.dtype]
@@ -176,11 +193,35 @@ def wrong(setting: Setting) -> list[str]:
     found = []
     for name, error in errors(setting).items():
         factor = 1 if name == "output" else 2
-        if not error.ours <= factor * (2 * error.eager + allowance):
+        summed = name == "dbias" and setting.dtype == "float16"
+        if not summed and not error.ours <= factor * (2 * error.eager + allowance):
             found.append(f"{name}: error {error.ours:.2e}, eager {error.eager:.2e}")
         if not hostile and not error.relative <= factor * bound:
             found.append(f"{name}: relative error {error.relative:.2e}")
     return found
+
+
+def bias_gradient_in(setting: Setting, dtype: str) -> tuple[str, list[str]]:
+    """Type of the gradient of a bias of that type, and what is wrong with it against a float32 one's."""
+    bias = table_of(setting)["bias"].to(getattr(torch, dtype)).requires_grad_()
+    wide = bias.detach().float().requires_grad_()
+    found, expected = (
+        torch.autograd.grad(flash_attention(*tensors(setting), bias=b, **options_of(setting)).sin().sum(), b)[0]
+        for b in (bias, wide)
+    )
+    close = torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-4)
+    return str(found.dtype), [] if close and expected.abs().max() > 0.1 else [f"{found} for {expected}"]
+
+
+def walked_diagonals(setting: Setting) -> tuple[int, int]:
+    """The lowest diagonal of tiles of 16 and the number of them; those left out of the square would add nothing."""
+    s = setting
+    options = flash.Options(s.causal, s.window or 0, 0.0, 0, 0, s.first_query, 1.0, 0.0)
+    lowest, count = flash_launch.diagonals(options, 16, s.queries, s.keys)
+    seen = visible_places(s.queries, s.keys, s.causal, s.window, s.first_query)
+    for i, j in seen.nonzero().tolist():
+        assert lowest <= j // 16 - i // 16 < lowest + count
+    return lowest, count
 
 
 def masks(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,12 +249,13 @@ def disturbed(setting: Setting, place: int) -> tuple[list[bool], list[bool]]:
     """For each output place, whether it is bitwise the same after k and v (first), and q (second), change at `place`."""
     q, k, v = tensors(setting)
     with tiled(setting):
-        before = flash_attention(q, k, v, **options_of(setting))
+        options = options_of(setting) | table_of(setting)
+        before = flash_attention(q, k, v, **options)
         others = [x.clone() for x in (q, k, v)]
         for x in others:
             x[:, place] += 3.0
-        after = flash_attention(q, others[1], others[2], **options_of(setting))
-        alone = flash_attention(others[0], k, v, **options_of(setting))
+        after = flash_attention(q, others[1], others[2], **options)
+        alone = flash_attention(others[0], k, v, **options)
     same = [(before == x).flatten(2).all(-1).all(0).tolist() for x in (after, alone)]
     return same[0], same[1]
 
@@ -262,7 +304,7 @@ def planted(module: str, right: str, fault: str) -> Iterator[None]:
             (target / path.name).write_text(text)
         sys.path.insert(0, folder)
         try:
-            names = ("attention_forward", "attention_backward")
+            names = ("attention_forward", "attention_backward", "attention_bias")
             modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
             with mock.patch.multiple(flash_launch, **modules):
                 yield
@@ -285,7 +327,7 @@ def logarithms(setting: Setting) -> tuple[list[float], list[float]]:
     """lse of the kernel, and the exact one: natural logarithms, of every row, without options but causality."""
     q, k, v = tensors(setting)
     scale = setting.size**-0.5
-    _, lse = torch.ops.kernels.flash_attention(q, k, v, *[None] * 6, True, 0, 0.0, 0, 0, 0, scale, 0.0)
+    _, lse = torch.ops.kernels.flash_attention(q, k, v, *[None] * flash.NUM_OPTIONAL, True, 0, 0.0, 0, 0, 0, scale, 0.0)
     scores = torch.einsum("bsnd,btnd->bnst", q.double(), k.double()) * scale
     hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
     exact = torch.logsumexp(scores.masked_fill(hidden, -torch.inf), -1)
@@ -299,7 +341,7 @@ def blind_rows(setting: Setting) -> tuple[int, int, int]:
     if setting.keys:
         ones = [torch.ones_like(x, dtype=torch.float64) for x in tensors(setting)]
         # Values of one add up to the sum of the weights.
-        blind = truth(setting._replace(dropout=False), *ones).abs().sum(-1) == 0
+        blind = truth(setting._replace(dropout=False, edges=None), *ones).abs().sum(-1) == 0
     arguments = operator_arguments(setting)
     out, lse = torch.ops.kernels.flash_attention(*arguments)
     (gradient,) = torch.autograd.grad(out, arguments[0], torch.ones_like(out))
@@ -314,7 +356,8 @@ def shapes(setting: Setting) -> list[tuple[int, ...]]:
 def operator_arguments(setting: Setting) -> tuple[Any, ...]:
     """Of torch.ops.kernels.flash_attention, with gradients wanted."""
     with mock.patch.object(torch.ops.kernels, "flash_attention", side_effect=Captured) as operator, suppress(Captured):
-        flash_attention(*(x.requires_grad_() for x in tensors(setting)), **options_of(setting))
+        inputs = [x.requires_grad_() for x in (*tensors(setting), *table_of(setting).values())]
+        flash_attention(*inputs[:3], **dict(zip(table_of(setting), inputs[3:], strict=True)), **options_of(setting))
     return operator.call_args.args
 
 
@@ -332,8 +375,8 @@ def compiled(setting: Setting) -> tuple[float, list[str], list[int]]:
     options = options_of(setting)
     graphs: list[torch.fx.GraphModule] = []
 
-    def everything(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attention(q, k, v, **options) * 2.0
+    def everything(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return flash_attention(q, k, v, bias=bias, **options) * 2.0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         graphs.append(graph)

@@ -44,8 +44,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "documents": {"causal": True, "documents": True},
     "dropout": {"causal": True, "dropout": 0.1},
     "all": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "softcap": 30.0},
+    "bias": {"causal": False, "bias": True},
+    "causal bias": {"causal": True, "bias": True},
+    "bias all": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "bias": True, "softcap": 30.0},
     # Integers of 1 are compiled in, as constants that are no tensors.
     "one": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "slopes": True, "shape": (1, 1, 1)},
+    "bias one": {"causal": True, "window": 256, "documents": True, "dropout": 0.1, "bias": True, "shape": (1, 1, 1)},
 }
 CASES = [
     *(
@@ -53,13 +57,18 @@ CASES = [
         for d in SHARED_LIMIT
         for size in (64, 128)
         for kind in KINDS
-        if kind not in ("all", "one")
+        if kind in ("causal", "full", "documents", "dropout")
     ),
     *(Case(d, "bfloat16", 256, "causal") for d in SHARED_LIMIT),
     *(Case(90, "bfloat16", size, "all") for size in (64, 128)),
     *(Case(d, "bfloat16", 64, "one") for d in SHARED_LIMIT),
     *(Case(d, "float16", size, "causal") for d in SHARED_LIMIT for size in (64, 128)),
     *(Case(d, "float32", size, "causal") for d in SHARED_LIMIT for size in (64, 128, 256)),
+    *(Case(d, "bfloat16", size, "bias") for d in SHARED_LIMIT for size in (64, 128, 256)),
+    *(Case(d, "float32", 64, "bias") for d in SHARED_LIMIT),
+    Case(90, "float32", 128, "bias"),
+    *(Case(90, "bfloat16", size, "causal bias") for size in (64, 128)),
+    *(Case(90, "bfloat16", 64, kind) for kind in ("bias all", "bias one")),
 ]
 TABLE = Path(__file__).parent / "compiled.json"  # by Triton's version, case and kernel: what `numbers_of` gives
 
@@ -102,7 +111,7 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
     from triton.runtime.driver import driver
 
     from kernels import flash_launch
-    from kernels.triton import attention_backward, attention_forward
+    from kernels.triton import attention_backward, attention_bias, attention_forward
 
     driver.set_active(Driver(device))  # type: ignore[arg-type]
     with mock.patch.object(flash_launch, "capability", lambda _: device):
@@ -112,6 +121,7 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
             (attention_forward, "forward"),
             (attention_backward, "key"),
             (attention_backward, "query"),
+            (attention_bias, "bias"),
         ):
             recorders[name] = Recorder(getattr(module, f"{name}_kernel"))
             patches.append(mock.patch.object(module, f"{name}_kernel", recorders[name]))
@@ -126,10 +136,11 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
 
 
 def compile_case(case: Case) -> dict[str, dict[str, int]]:
-    """Numbers of the forward, the key and the query kernel."""
+    """Numbers of the forward, the key and the query kernel, and of the bias kernel where there is a bias."""
     from kernels import flash_launch
     from kernels.documents import bounds
     from kernels.flash import Options
+    from kernels.relative import t5_buckets
 
     kind = dict(KINDS[case.kind])
     dtype = getattr(torch, case.dtype)
@@ -146,6 +157,8 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
         kind.get("softcap", 0.0),
     )
     slopes = torch.ones(heads) if kind.get("slopes") else None
+    edges = t5_buckets(bidirectional=not options.causal)[0] if kind.get("bias") else None
+    bias = None if edges is None else torch.zeros(heads, len(edges) + 1)
     keys = torch.zeros(batch, dtype=torch.int32) if options.dropout else None
     seen = None
     if kind.get("documents"):
@@ -153,8 +166,8 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
         seen = bounds(numbers, numbers)
     with recording(case.device) as recorders:
         low, high = (None, None) if seen is None else (seen.key_low, seen.key_high)
-        out, lse = flash_launch.forward(q, k, v, slopes, keys, low, high, options)
-        flash_launch.backward(torch.zeros_like(out), q, k, v, out, lse, slopes, keys, seen, options)
+        out, lse = flash_launch.forward(q, k, v, slopes, bias, edges, keys, low, high, options)
+        flash_launch.backward(torch.zeros_like(out), q, k, v, out, lse, slopes, bias, edges, keys, seen, options)
         return {
             name if number == 0 else f"{name} {number + 1}": numbers_of(compiled)
             for name, recorder in recorders.items()

@@ -45,6 +45,16 @@ def visible_places(queries: int, keys: int, causal: bool, window: int | None, fi
     return torch.tensor(pairs, dtype=torch.bool).view(queries, keys)
 
 
+def bucket_places(queries: int, keys: int, edges: list[int], first_query: int) -> Tensor:
+    """(S, T) buckets, pair by pair as the documentation says it."""
+
+    def bucket(distance: int) -> int:
+        return sum(edge <= distance for edge in edges)
+
+    pairs = [[bucket(j - first_query - i) for j in range(keys)] for i in range(queries)]
+    return torch.tensor(pairs, dtype=torch.int64).view(queries, keys)
+
+
 def dense(
     q: Tensor,
     k: Tensor,
@@ -52,6 +62,8 @@ def dense(
     causal: bool = True,
     window: int | None = None,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    edges: Tensor | None = None,
     scale: float | None = None,
     first_query: int = 0,
     keep: Tensor | None = None,
@@ -70,6 +82,8 @@ def dense(
     if slopes is not None:
         places = torch.arange(queries)[:, None] + first_query
         scores = scores - slopes[:, None, None] * (places - torch.arange(keys)[None, :]).abs()
+    if bias is not None and edges is not None:
+        scores = scores + bias[:, bucket_places(queries, keys, edges.tolist(), first_query)]
     visible = visible_places(queries, keys, causal, window, first_query)
     if same is not None:
         visible = visible & same[:, None]
@@ -93,19 +107,22 @@ def assert_equals_dense(
 ) -> None:
     ours = tensors(shape, dtype)
     theirs = tuple(tensor.detach().double().requires_grad_() for tensor in ours)
-    slopes, same = options.pop("slopes", None), options.pop("same", None)
-    if slopes is not None:
-        slope = slopes.to(dtype).requires_grad_()
-        ours, theirs = (*ours, slope), (*theirs, slopes.double().requires_grad_())
-        out = attention(*ours[:3], slopes=slope, **options)
-        expected = dense(*theirs[:3], slopes=theirs[3], same=same, **options_of_dense(options))
-    else:
-        out, expected = attention(*ours, **options), dense(*theirs, same=same, **options_of_dense(options))
+    same = options.pop("same", None)
+    added = next((name for name in ("slopes", "bias") if name in options), None)
+    ours_added: dict[str, Tensor] = {}
+    theirs_added: dict[str, Tensor] = {}
+    if added is not None:
+        given = options.pop(added)
+        ours_added[added] = given.to(dtype).requires_grad_()
+        theirs_added[added] = given.to(dtype).double().requires_grad_()
+    out = attention(*ours, **ours_added, **options)
+    expected = dense(*theirs, same=same, **theirs_added, **options_of_dense(options))
+    ours, theirs = (*ours, *ours_added.values()), (*theirs, *theirs_added.values())
     assert out.dtype == dtype
     assert out.shape == ours[0].shape
     close(out, expected, tolerance)
     for name, found, wanted in zip(
-        ["q", "k", "v", "slopes"], gradients(out, ours), gradients(expected, theirs), strict=False
+        ["q", "k", "v", "added"], gradients(out, ours), gradients(expected, theirs), strict=False
     ):
         close(found, wanted, tolerance, name)
 

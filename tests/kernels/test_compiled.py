@@ -28,6 +28,7 @@ FEW = [
     Case(90, "float32", 64, "causal"),
     Case(80, "bfloat16", 64, "one"),
     Case(100, "bfloat16", 64, "causal"),
+    Case(90, "bfloat16", 64, "bias"),
 ]
 GROWING = ("registers", "stack", "STL", "LDL", "shared", "threads", "plain_dots")
 SOURCES = ["kernels/triton/*.py", "kernels/tiles.py", "kernels/flash_launch.py", "tests/kernels/offline.py"]
@@ -59,9 +60,11 @@ def may_spill(case: Case) -> int:
     """Registers that may be put aside, stores and loads together; the table bounds them further.
 
     On Blackwell ptxas puts up to four of 255 aside though it has taken only half of them; float32 heads of 256, whose
-    tiles cannot be smaller, do not fit; nor need it all fit where nearly every feature comes together.
+    tiles cannot be smaller, do not fit, nor do those of 128 with a bias; nor need it all fit where nearly every feature
+    comes together.
     """
-    if case.kind in ("all", "one") or (case.dtype == "float32" and case.size == 256):
+    wide = case.dtype == "float32" and case.size >= (128 if "bias" in case.kind else 256)
+    if case.kind.split()[-1] in ("all", "one") or wide:
         return 400
     return 8 if case.device == 100 else 0
 

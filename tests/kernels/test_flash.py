@@ -139,7 +139,11 @@ def test_rows_whose_sums_of_exponentials_underflow(dtype: str, length: int) -> N
         Setting(40, 20, window=4, first_query=18),
         Setting(40, 20, window=4, first_query=200, causal=False),
         Setting(40, 40, causal=False, documents=(6, 0, 34), query_documents=(20, 10, 10), dropout=True),
+        Setting(40, 20, window=4, first_query=18, edges=(-6, -1, 2)),
+        Setting(40, 40, causal=False, documents=(6, 0, 34), query_documents=(20, 10, 10), edges=(-6, 0, 1)),
+        Setting(40, 20, window=4, first_query=200, causal=False, edges=(-6, -1, 2)),
         Setting(5, 0),
+        Setting(5, 0, edges=(0,)),
     ],
 )
 def test_a_query_that_sees_no_key_gives_zero_and_has_gradient_zero(setting: Setting) -> None:
@@ -196,8 +200,9 @@ def test_the_order_of_documents_changes_none_of_them() -> None:
     assert interpret(cases.permuted, (1, 20, 3, 17), (2, 3, 0, 1)) < 1e-6
 
 
-def test_twice_the_same_is_bitwise_the_same() -> None:
-    setting = Setting(40, 40, heads=4, groups=2, causal=False, **EVERYTHING)
+@pytest.mark.parametrize("options", [{}, {"slopes": False, "edges": (-6, -1, 0, 1, 2, 7)}])
+def test_twice_the_same_is_bitwise_the_same(options: dict[str, Any]) -> None:
+    setting = Setting(40, 40, heads=4, groups=2, causal=False, **(EVERYTHING | options))
     first, second = (interpret(cases.kernel_results, setting) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
@@ -205,13 +210,17 @@ def test_twice_the_same_is_bitwise_the_same() -> None:
 # -- the operator --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": True, "documents": (7, 11), "slopes": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": True, "documents": (7, 11), "slopes": True}, {"dropout": True, "edges": (-2, 0, 1)}]
+)
 def test_the_operator_is_a_sound_one(options: dict[str, Any]) -> None:
     """torch.library.opcheck: schema, autograd registration, fake tensors, and tracing by AOTAutograd."""
     assert set(interpret(cases.opcheck, Setting(18, 18, **options)).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": True, "documents": (7, 11), "window": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": True, "documents": (7, 11), "window": 5}, {"edges": (-2, 0, 1), "window": 5}]
+)
 def test_compiled_code_holds_it_whole(options: dict[str, Any]) -> None:
     """fullgraph: no break of the graph, forward or backward; the compiled function calls the operator."""
     difference, operators, launches = interpret(cases.compiled, Setting(18, 18, **options))
@@ -250,6 +259,11 @@ def test_a_device_without_tiles_is_refused(
 def test_what_the_options_need_is_told() -> None:
     q = torch.zeros(1, 4, 2, 16)
     assert "no gradient" in unsupported(q, q, q, slopes=torch.ones(2, requires_grad=True))
+    bias, edges = torch.ones(2, 4, requires_grad=True), torch.tensor([-1, 0, 1], dtype=torch.int32)
+    assert "TRITON_INTERPRET" in unsupported(q, q, q, bias=bias, edges=edges)
+    assert "not both" in unsupported(q, q, q, bias=bias, edges=edges, slopes=torch.ones(2))
+    assert "needs both" in unsupported(q, q, q, bias=bias)
+    assert "N = 2 heads are needed" in unsupported(q, q, q, bias=bias[:1], edges=edges)
     for keys in (None, torch.zeros(1, dtype=torch.int64)):
         assert "int32 `keys`" in unsupported(q, q, q, dropout=0.1, keys=keys)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.attention import alibi_slopes, attention
 from kernels.noise import sample_keys
+from kernels.relative import t5_buckets
 from parallel.context import exchanged_attention
 from parallel.grid import start_grid
 from parallel.layout import Layout, rank_and_world
@@ -87,6 +88,49 @@ def test_it_is_the_attention_of_one_process_forward_and_backward(ranks: int, exp
         for position, name in enumerate(("output", "gradient of q", "gradient of k", "gradient of v")):
             found = torch.cat([results[number][position] for results in slices], dim=1)
             assert torch.allclose(found, whole[position], rtol=1e-10, atol=1e-12), f"{case}: {name}"
+
+
+# -- relative biases -----------------------------------------------------------------------------------------------
+
+EDGES = t5_buckets(8, 12)[0]
+BIASED = [Case(causal, True, groups, None, False, 0.2) for causal, groups in ((True, 8), (False, 2))]
+
+
+def table() -> Tensor:
+    """(N, I)"""
+    return torch.randn(N, len(EDGES) + 1, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def shared_bias() -> list[list[Tensor]]:
+    """Output and gradient of q of this rank's slice, and of the table, of each case."""
+    axis, results = start_grid(Layout(context=rank_and_world()[1]), 60).context, []
+    for case in BIASED:
+        q, k, v, above = (x.chunk(axis.size, dim=1)[axis.rank].contiguous() for x in inputs(case))
+        bias = table().requires_grad_()
+        out = exchanged_attention(q.requires_grad_(), k, v, axis, bias=bias, edges=EDGES, **case.options())
+        results.append([out.detach(), *torch.autograd.grad(out, (q, bias), above)])
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_bias_goes_with_its_head_and_each_rank_has_its_heads_gradient(ranks: int) -> None:
+    slices = run_ranks(ranks, shared_bias)
+    for number, case in enumerate(BIASED):
+        q, k, v, above = inputs(case)
+        bias = table().requires_grad_()
+        out = attention(q.requires_grad_(), k, v, bias=bias, edges=EDGES, **case.options())
+        whole = (out.detach(), *torch.autograd.grad(out, (q, bias), above))
+        for position, name in enumerate(("output", "gradient of q")):
+            found = torch.cat([results[number][position] for results in slices], dim=1)
+            assert torch.allclose(found, whole[position], rtol=1e-10, atol=1e-12), f"{case}: {name}"
+        tables = [results[number][2] for results in slices]
+        assert torch.allclose(torch.stack(tables).sum(0), whole[2], rtol=1e-10, atol=1e-12), case
+        for rank, found in enumerate(tables):
+            own = slice(rank * N // ranks, (rank + 1) * N // ranks)
+            others = torch.ones(N, dtype=torch.bool)
+            others[own] = False
+            assert not found[others].any(), case
+            assert found[own].any(), case
 
 
 def test_documents_and_directions_differ(expected: list[list[Tensor]]) -> None:

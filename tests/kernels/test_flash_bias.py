@@ -1,0 +1,155 @@
+"""Relative biases in the Triton attention kernels, interpreted on the CPU, against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.relative import t5_buckets
+from tests.kernels import flash_cases as cases
+from tests.kernels.flash_cases import Setting
+from tests.kernels.test_flash import assert_right
+from tests.kernels.workers import interpret
+
+EDGES = tuple(t5_buckets(8, 20)[0].tolist())
+LEFT = tuple(t5_buckets(8, 20, bidirectional=False)[0].tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(33, 33, edges=LEFT),
+        Setting(40, 40, edges=EDGES, causal=False, batch=2),
+        Setting(37, 37, edges=EDGES, window=9, causal=False),
+        Setting(20, 37, edges=EDGES, causal=False, first_query=3),
+        Setting(20, 50, edges=LEFT, first_query=25),
+        Setting(40, 20, edges=EDGES, first_query=0, softcap=0.7),
+        Setting(40, 40, edges=EDGES, causal=False, documents=(16, 17, 7)),
+        Setting(20, 37, edges=LEFT, dropout=True, first_query=3, first_head=5),
+        Setting(18, 18, edges=EDGES, causal=False, heads=4, groups=2, batch=2),
+    ],
+)
+def test_a_relative_bias_and_its_gradient(setting: Setting, dtype: str) -> None:
+    assert_right(setting._replace(dtype=dtype))
+
+
+@pytest.mark.parametrize("edges", [(), (0,), (-500, -20, 3, 4, 9, 4000)])
+def test_a_relative_bias_of_any_edges(edges: tuple[int, ...]) -> None:
+    """One bucket; buckets of no distance that occurs; tiles far from the diagonal, in the first or last bucket alone."""
+    assert_right(Setting(40, 56, heads=1, edges=edges, causal=False))
+
+
+@pytest.mark.parametrize("tile", [(32, 32), (64, 64)])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_a_relative_bias_in_every_tile(tile: tuple[int, int], descriptors: bool) -> None:
+    everything = {"window": 20, "documents": (1, 30, 9), "dropout": True, "softcap": 3.0, "edges": EDGES}
+    assert_right(Setting(40, 40, tile=tile, descriptors=descriptors, causal=False, **everything))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_relative_bias_of_ragged_shapes(data: st.DataObject) -> None:
+    """In float16 not the smallest: of few numbers the rounded output that delta comes from is all there is to an error."""
+    dtype = data.draw(st.sampled_from(["float32", "float16"]))
+    least = 1 if dtype == "float32" else 8
+    assert_right(
+        Setting(
+            data.draw(st.integers(least, 40)),
+            data.draw(st.integers(least, 40)),
+            heads=data.draw(st.sampled_from([1, 2])),
+            size=data.draw(st.integers(least, 40)),
+            dtype=dtype,
+            causal=data.draw(st.booleans()),
+            window=data.draw(st.sampled_from([None, 1, 3, 17])),
+            edges=tuple(sorted(data.draw(st.sets(st.integers(-40, 40), max_size=9)))),
+            dropout=data.draw(st.booleans()),
+            first_query=data.draw(st.integers(0, 20)),
+            descriptors=data.draw(st.booleans()),
+        )
+    )
+
+
+def test_the_gradient_of_a_bias_has_its_type() -> None:
+    assert interpret(cases.bias_gradient_in, Setting(18, 18, edges=EDGES), "float16") == ("torch.float16", [])
+
+
+def test_a_diagonal_of_tiles_that_sees_nothing_is_not_walked() -> None:
+    """Of 5 x 5 tiles: below the diagonal and on it if causal; those that a window of 5 reaches; a query far behind."""
+    assert interpret(cases.walked_diagonals, Setting(80, 80, edges=EDGES, causal=False)) == (-4, 9)
+    assert interpret(cases.walked_diagonals, Setting(80, 80, edges=EDGES)) == (-4, 5)
+    assert interpret(cases.walked_diagonals, Setting(80, 80, edges=EDGES, causal=False, window=5)) == (-1, 3)
+    assert interpret(cases.walked_diagonals, Setting(16, 80, edges=EDGES, first_query=40)) == (0, 4)
+    assert interpret(cases.walked_diagonals, Setting(16, 16, edges=EDGES, window=4, first_query=90))[1] == 0
+
+
+# -- planted faults ------------------------------------------------------------------------------------------------
+
+FULL = Setting(40, 40, causal=False, edges=EDGES)
+LATE = Setting(20, 50, causal=False, edges=EDGES, first_query=12)
+SHARED = Setting(18, 18, causal=False, edges=EDGES, heads=4, groups=2)
+SKIPPED = Setting(40, 40, causal=False, edges=EDGES, documents=(16, 17, 7), heads=1)
+
+FAULTS = {  # what is planted: module, the right text, the fault, and the setting that must show it
+    "bias of another head": (
+        "attention",
+        "tl.cast(head, tl.int64) * bias[1]",
+        "tl.cast(head * 0, tl.int64) * bias[1]",
+        FULL,
+    ),
+    "bias of another distance": ("attention", "(S - 1 + MARGIN)", "(S + MARGIN)", FULL),
+    "a near tile taken as far to the left": ("attention", "distance + COLUMNS - 1 <", "distance <", FULL),
+    "a near tile taken as far to the right": ("attention", "distance - ROWS + 1 >=", "distance >=", FULL),
+    "far tiles by another place": ("attention", "at - begin - first_query", "at - begin", LATE),
+    "missing in the forward": (
+        "attention_forward",
+        "        if BIAS:\n            scores",
+        "        if False:\n            scores",
+        FULL,
+    ),
+    "missing in dK and dV": (
+        "attention_backward",
+        "        if BIAS:\n            whole",
+        "        if False:\n            whole",
+        FULL,
+    ),
+    "missing in dQ": ("attention_backward", "    if BIAS:\n        whole", "    if False:\n        whole", FULL),
+    "a bucket's end off by one": ("attention_bias", "distance < tl.load(limits", "distance <= tl.load(limits", FULL),
+    "a bucket's begin off by one": ("attention_bias", "distance >= tl.load(limits", "distance > tl.load(limits", FULL),
+    "a bucket left out": ("attention_bias", "tl.range(lowest_bucket,", "tl.range(lowest_bucket + 1,", FULL),
+    "a tile left out": ("attention_bias", "tl.maximum(0, -diagonal)", "tl.maximum(1, -diagonal)", FULL),
+    "the last tile left out": ("attention_bias", "tl.cdiv(S, BLOCK_M)", "S // BLOCK_M", FULL),
+    "tiles of two documents left out": (
+        "attention_bias",
+        "tl.maximum(first, at), 0) > 0",
+        "tl.maximum(first, at), 0) > 15",
+        SKIPPED,
+    ),
+    "buckets by another place": ("attention_bias", "diagonal * BLOCK_N - first_query", "diagonal * BLOCK_N", LATE),
+    "sums of another head": (
+        "attention_bias",
+        "+ batch) * N + head) * BUCKETS",
+        "+ batch) * N + (N - 1 - head)) * BUCKETS",
+        FULL,
+    ),
+    "keys of another head": ("attention_bias", "head, head // ratio, begin", "head, 0, begin", SHARED),
+    "not of the last query's mask": (
+        "attention_bias",
+        "visible_keys(rows,",
+        "visible_keys(rows + 1,",
+        FULL._replace(causal=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str) -> None:
+    module, right, fault, setting = FAULTS[name]
+    assert interpret(cases.wrong_with_fault, module, right, fault, [setting])[0]
+
+
+def test_without_a_fault_the_same_settings_are_right() -> None:
+    """What finds the faults finds nothing in the kernels copied unchanged."""
+    found = interpret(cases.wrong_with_fault, "noise", "0x31848BAB", "0x31848BAB", [FULL, LATE, SHARED, SKIPPED])
+    assert found == [[]] * 4
