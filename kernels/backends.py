@@ -1,7 +1,7 @@
 """Which code computes attention: one choice for each kind of call, made before the run, from a table, never by a timing.
 
     torch    torch's own operations (`kernels.attention`): everything, everywhere; the reference
-    triton   this project's kernels (`kernels.flash`): everything, on NVIDIA GPUs from compute capability 8.0 on
+    triton   this project's kernels (`kernels.attention_triton`): everything, on NVIDIA GPUs from compute capability 8.0 on
     cudnn    NVIDIA's kernels: whole sequences, causal or not
     flash    FlashAttention (3 where it is installed, on Hopper; else torch's 2; on a CPU torch's): the same
     varlen   FlashAttention over packed documents, and windows
@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels import flash, libraries
+from kernels import attention_triton, libraries
 from kernels.attention import attention
 
 Backend = Literal["triton", "cudnn", "flash", "varlen", "torch"]
@@ -163,7 +163,7 @@ def _torch(call: Call, device: torch.device, dtype: torch.dtype) -> Iterator[str
 
 def _triton(call: Call, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     q = torch.empty(1, 1, call.heads, call.size, device=device, dtype=dtype)
-    if reason := flash.unsupported(q, q[:, :, : call.groups], q[:, :, : call.groups]):
+    if reason := attention_triton.unsupported(q, q[:, :, : call.groups], q[:, :, : call.groups]):
         yield reason
 
 
@@ -234,7 +234,7 @@ _REFUSALS: dict[Backend, Callable[[Call, torch.device, torch.dtype], Iterator[st
 
 _FUNCTIONS: dict[Backend, Callable[..., Tensor]] = {
     "torch": attention,
-    "triton": flash.flash_attention,
+    "triton": attention_triton.flash_attention,
     "cudnn": libraries.cudnn_attention,
     "flash": libraries.flash_attention,
     "varlen": libraries.varlen_attention,

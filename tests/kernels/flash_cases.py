@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from kernels import flash, flash_launch, tiles
+from kernels import attention_launch, attention_triton, tiles
 from kernels.attention import alibi_slopes, attention
-from kernels.flash import flash_attention
+from kernels.attention_triton import flash_attention
 from kernels.noise import keep_mask, sample_keys, split_keys
 from tests.kernels.test_attention import dense, documents_of, visible_places
 
@@ -142,7 +142,7 @@ def tiled(setting: Setting) -> Iterator[None]:
     first = 0 if setting.descriptors else 90
     with (
         mock.patch.object(tiles, "INTERPRETED", tiles.Tile(*setting.tile, 4, 1)),
-        mock.patch.object(flash_launch, "FIRST_WITH_DESCRIPTORS", first),
+        mock.patch.object(attention_launch, "FIRST_WITH_DESCRIPTORS", first),
     ):
         yield
 
@@ -216,8 +216,8 @@ def bias_gradient_in(setting: Setting, dtype: str) -> tuple[str, list[str]]:
 def walked_diagonals(setting: Setting) -> tuple[int, int]:
     """The lowest diagonal of tiles of 16 and the number of them; those left out of the square would add nothing."""
     s = setting
-    options = flash.Options(s.causal, s.window or 0, 0.0, 0, 0, s.first_query, 1.0, 0.0)
-    lowest, count = flash_launch.diagonals(options, 16, s.queries, s.keys)
+    options = attention_triton.Options(s.causal, s.window or 0, 0.0, 0, 0, s.first_query, 1.0, 0.0)
+    lowest, count = attention_launch.diagonals(options, 16, s.queries, s.keys)
     seen = visible_places(s.queries, s.keys, s.causal, s.window, s.first_query)
     for i, j in seen.nonzero().tolist():
         assert lowest <= j // 16 - i // 16 < lowest + count
@@ -306,7 +306,7 @@ def planted(module: str, right: str, fault: str) -> Iterator[None]:
         try:
             names = ("attention_forward", "attention_backward", "attention_bias")
             modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
-            with mock.patch.multiple(flash_launch, **modules):
+            with mock.patch.multiple(attention_launch, **modules):
                 yield
         finally:
             sys.path.remove(folder)
@@ -320,14 +320,16 @@ def wrong_with_fault(module: str, right: str, fault: str, settings: list[Setting
 
 def refusal(dtype: str) -> str:
     q = torch.zeros(1, 4, 1, 16, dtype=getattr(torch, dtype))
-    return flash.unsupported(q, q, q)
+    return attention_triton.unsupported(q, q, q)
 
 
 def logarithms(setting: Setting) -> tuple[list[float], list[float]]:
     """lse of the kernel, and the exact one: natural logarithms, of every row, without options but causality."""
     q, k, v = tensors(setting)
     scale = setting.size**-0.5
-    _, lse = torch.ops.kernels.flash_attention(q, k, v, *[None] * flash.NUM_OPTIONAL, True, 0, 0.0, 0, 0, 0, scale, 0.0)
+    _, lse = torch.ops.kernels.flash_attention(
+        q, k, v, *[None] * attention_triton.NUM_OPTIONAL, True, 0, 0.0, 0, 0, 0, scale, 0.0
+    )
     scores = torch.einsum("bsnd,btnd->bnst", q.double(), k.double()) * scale
     hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
     exact = torch.logsumexp(scores.masked_fill(hidden, -torch.inf), -1)
@@ -385,8 +387,8 @@ def compiled(setting: Setting) -> tuple[float, list[str], list[int]]:
     torch.compiler.reset()
     expected = results(setting, everything)
     with (
-        mock.patch.object(flash_launch, "forward", wraps=flash_launch.forward) as forward,
-        mock.patch.object(flash_launch, "backward", wraps=flash_launch.backward) as backward,
+        mock.patch.object(attention_launch, "forward", wraps=attention_launch.forward) as forward,
+        mock.patch.object(attention_launch, "backward", wraps=attention_launch.backward) as backward,
     ):
         found = results(setting, torch.compile(everything, fullgraph=True, dynamic=False, backend=backend))
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]

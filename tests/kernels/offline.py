@@ -110,11 +110,11 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
     """Within it, attention on CPU tensors compiles for `device`; gives the recorders by the kernels' names."""
     from triton.runtime.driver import driver
 
-    from kernels import flash_launch
+    from kernels import attention_launch
     from kernels.triton import attention_backward, attention_bias, attention_forward
 
     driver.set_active(Driver(device))  # type: ignore[arg-type]
-    with mock.patch.object(flash_launch, "capability", lambda _: device):
+    with mock.patch.object(attention_launch, "capability", lambda _: device):
         recorders = {}
         patches = []
         for module, name in (
@@ -137,9 +137,9 @@ def recording(device: int) -> Iterator[dict[str, Recorder]]:
 
 def compile_case(case: Case) -> dict[str, dict[str, int]]:
     """Numbers of the forward, the key and the query kernel, and of the bias kernel where there is a bias."""
-    from kernels import flash_launch
+    from kernels import attention_launch
+    from kernels.attention_triton import Options
     from kernels.documents import bounds
-    from kernels.flash import Options
     from kernels.relative import t5_buckets
 
     kind = dict(KINDS[case.kind])
@@ -166,8 +166,8 @@ def compile_case(case: Case) -> dict[str, dict[str, int]]:
         seen = bounds(numbers, numbers)
     with recording(case.device) as recorders:
         low, high = (None, None) if seen is None else (seen.key_low, seen.key_high)
-        out, lse = flash_launch.forward(q, k, v, slopes, bias, edges, keys, low, high, options)
-        flash_launch.backward(torch.zeros_like(out), q, k, v, out, lse, slopes, bias, edges, keys, seen, options)
+        out, lse = attention_launch.forward(q, k, v, slopes, bias, edges, keys, low, high, options)
+        attention_launch.backward(torch.zeros_like(out), q, k, v, out, lse, slopes, bias, edges, keys, seen, options)
         return {
             name if number == 0 else f"{name} {number + 1}": numbers_of(compiled)
             for name, recorder in recorders.items()

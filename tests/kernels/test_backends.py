@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import backends, flash, libraries
+from kernels import attention_triton, backends, libraries
 from kernels.attention import attention
 from kernels.backends import BACKENDS, PREFERRED, Backend, Backends, Call, Refused, attend, refusal
 from kernels.noise import sample_keys
@@ -99,7 +99,7 @@ def test_an_old_cudnn_is_refused_with_its_version(gpu: pytest.MonkeyPatch) -> No
 
 def test_triton_is_refused_for_what_its_kernels_refuse() -> None:
     q = torch.empty(1, 1, 1, 16)
-    assert refusal("triton", PLAIN, CPU, torch.float32) == flash.unsupported(q, q, q) != ""
+    assert refusal("triton", PLAIN, CPU, torch.float32) == attention_triton.unsupported(q, q, q) != ""
 
 
 def test_a_wish_that_cannot_be_met_names_the_reason_and_who_can() -> None:

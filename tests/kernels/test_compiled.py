@@ -31,7 +31,7 @@ FEW = [
     Case(90, "bfloat16", 64, "bias"),
 ]
 GROWING = ("registers", "stack", "STL", "LDL", "shared", "threads", "plain_dots")
-SOURCES = ["kernels/triton/*.py", "kernels/tiles.py", "kernels/flash_launch.py", "tests/kernels/offline.py"]
+SOURCES = ["kernels/triton/*.py", "kernels/tiles.py", "kernels/attention_launch.py", "tests/kernels/offline.py"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.flash import unsupported
+from kernels.attention_triton import unsupported
 from tests.distributed import run_python
 from tests.kernels import flash_cases as cases
 from tests.kernels.flash_cases import Setting
@@ -271,7 +271,7 @@ def test_what_the_options_need_is_told() -> None:
 def test_without_triton_the_reason_is_told() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from kernels.flash import unsupported\n"
+        "import torch; from kernels.attention_triton import unsupported\n"
         "q = torch.zeros(1, 2, 1, 16); print(unsupported(q, q, q))"
     )
     assert run_python(["timeit", "-n1", "-r1", code]).stdout.startswith("triton is not installed")

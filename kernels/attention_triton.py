@@ -172,7 +172,7 @@ def _forward(
 
     The four bounds are those of `kernels.documents.Bounds`, all or none; query_low and query_high are for the backward.
     """
-    from kernels import flash_launch as launch  # here, so that importing this module needs no triton
+    from kernels import attention_launch as launch  # here, so that importing this module needs no triton
 
     options = Options(causal, window, dropout, site, first_head, first_query, scale, softcap)
     with torch.cuda.device_of(q):  # Triton launches on the current device; on a CPU this does nothing
@@ -211,7 +211,7 @@ def _backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of q, k, v and bias, contiguous; of no bias (0, 0)."""
-    from kernels import flash_launch as launch
+    from kernels import attention_launch as launch
 
     options = Options(causal, window, dropout, site, first_head, first_query, scale, softcap)
     seen = None

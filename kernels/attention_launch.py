@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tiles
+from kernels.attention_triton import Options, capability
 from kernels.documents import Bounds
-from kernels.flash import Options, capability
 from kernels.noise import _i32
 from kernels.relative import by_distance
 from kernels.triton import attention_backward, attention_bias, attention_forward
@@ -35,7 +35,7 @@ def forward(
     high: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, S, N, D) and lse (B, N, S): see `kernels.flash`."""
+    """out (B, S, N, D) and lse (B, N, S): see `kernels.attention_triton`."""
     (batch, length, heads, size), (_, total, groups, _) = q.shape, k.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
