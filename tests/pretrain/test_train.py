@@ -33,7 +33,7 @@ def test_asked_to_stop_it_saves_that_step_and_says_how_to_go_on(
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, tiny_data: Path) -> None:
     ran = train(tmp_path, tiny_data, fault=partial(running.signal_in_step, 6, signal.SIGINT, signal.SIGINT))
     assert ran.code == 130 and "Traceback" not in ran.told, ran.told
-    assert running.steps_of(tmp_path / "run") == [3, 4]
+    assert running.steps_of(tmp_path / "run") in ([3], [3, 4])  # the save of step 4 may yet be under way
     assert [line["step"] for line in running.lines_of(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
 
 
