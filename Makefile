@@ -51,9 +51,9 @@ demo-parallel: $(STAMP) $(SHARDS)
 	    run.dir=runs/demo-parallel schedule.total='20 steps' schedule.warmup='5 steps' batch.micro_size=4 \
 	    monitor.log_every='2 steps' monitor.validation_samples=32
 
-# Two at a time, a file a worker: most tests are one process of one thread.
+# Two at a time: most tests are one process of one thread. Each worker begins with a half and takes of the other's rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARDS = REPOSITORY / "shards"
+WAIT = 20_000_000  # cycles, some ten milliseconds: the host is done with its launches by then
 
 
 def no_shards(folder: Path) -> bool:
@@ -33,6 +38,31 @@ def about(script: str, packages: Sequence[str], threads: int, sampled: str) -> d
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "sampled": sampled,
     }
+
+
+def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What the benchmarks that run on a GPU too have in common: --device, --rounds, --json."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"(default: {default})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each (default: {rounds})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    return parser
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """What a call takes: of the device, by its events, behind a wait that lets the host get ahead; on a CPU by the clock."""
+    if device.type == "cpu":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(WAIT)
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
 
 
 def _lines(path: str) -> list[str]:

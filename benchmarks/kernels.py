@@ -16,13 +16,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, about
+from common import REPOSITORY, about, arguments, seconds
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -66,12 +64,8 @@ def main() -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"(default: {default})")
-    parser.add_argument("--rounds", type=int, default=30, help="measurements of each (default: 30)")
+    parser = arguments(__doc__, rounds=30)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU, to try the command")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     return parser
 
 
@@ -117,8 +111,7 @@ def _one_attention(
     if device.type == "cuda" and mask != "dropout":
         runs["flex"] = _flex(leaves, mask, options)
     products = 4 * size * heads * batch * _pairs(mask, length)
-    for name, seconds in _in_turn(runs, leaves, grad, device, rounds).items():
-        forward, both = seconds
+    for name, (forward, both) in _in_turn(runs, leaves, grad, device, rounds).items():
         row = {"mask": mask, "batch": batch, "length": length, "heads": heads, "size": size, "backend": name}
         row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * (both - forward)}
         row["forward_tflops"] = products / forward / 1e12
@@ -232,25 +225,11 @@ def _in_turn(
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     for turn in range(-3, rounds):  # the first three warm up
         for name, run in runs.items():
-            forward, whole = _seconds(run, device), _seconds(lambda run=run: both(run), device)  # type: ignore[misc]
+            forward, whole = seconds(run, device), seconds(lambda run=run: both(run), device)  # type: ignore[misc]
             if turn >= 0:
                 times[name][0].append(forward)
                 times[name][1].append(whole)
     return {name: (statistics.median(a), statistics.median(b)) for name, (a, b) in times.items()}
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(2_000_000)  # the host is done with its launches by then
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, about, ratios
+from common import REPOSITORY, about, arguments, ratios, seconds
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -43,7 +41,6 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "1.1B in 64": [(4096, 4096)] * 64,
 }
 SMALL = ["17M in 78", "67M in 4"]
-WAIT = 20_000_000  # cycles, some ten milliseconds: the host is done with its launches by then
 VARIANTS = ("step", "norm", "torch", "copy")
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -65,16 +62,12 @@ def main() -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"(default: {default})")
+    parser = arguments(__doc__, rounds=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU (default: all)")
-    parser.add_argument("--rounds", type=int, default=20, help="measurements of each (default: 20)")
     parser.add_argument("--warmup", type=int, default=3, help="runs of each before (default: 3)")
     parser.add_argument("--shapes", nargs="+", default=SMALL, choices=SHAPES, help="(default: the small)")
     parser.add_argument("--copies", action="store_true", help="the step writes bfloat16 weights too")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch"), help="(default: auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     return parser
 
 
@@ -126,28 +119,14 @@ def _measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[
     subject = Subject(SHAPES[name], device, args)
     for variant in VARIANTS:
         for _ in range(args.warmup):
-            _seconds(subject.run(variant), device)
+            seconds(subject.run(variant), device)
     rounds = []
     for turn in range(args.rounds):
         turned = VARIANTS[turn % len(VARIANTS) :] + VARIANTS[: turn % len(VARIANTS)]
-        seconds = {variant: _seconds(subject.run(variant), device) for variant in turned}
-        rounds.append({variant: subject.bytes[variant] / seconds[variant] for variant in VARIANTS})
+        taken = {variant: seconds(subject.run(variant), device) for variant in turned}
+        rounds.append({variant: subject.bytes[variant] / taken[variant] for variant in VARIANTS})
     shares = {name: share for variant in VARIANTS[:3] for name, share in ratios(rounds, variant, ["copy"]).items()}
     return {"parameters": subject.numel, "tensors": len(SHAPES[name]), "bytes_per_second": rounds, "ratios": shares}
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(WAIT)
-    before.record()
-    run()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1000
 
 
 def _print(result: dict[str, Any]) -> None:

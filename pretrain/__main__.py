@@ -82,9 +82,9 @@ def _train(args: argparse.Namespace) -> int:
         check_profile(args.profile, Plan(config).total_steps)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
     sources = Sources.open(config)
-    from pretrain import train
+    from pretrain import session
 
-    return train.main(config, sources, args.profile)
+    return session.main(config, sources, args.profile)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

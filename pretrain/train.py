@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import functools
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 
 from parallel.engine import Step
-from parallel.grid import Grid, start_grid, stop_grid
-from parallel.layout import Layout, rank_and_world
-from pretrain import agreement, checkpoint, runs
-from pretrain.build import Built, build, choose_precision
+from parallel.grid import Grid
+from pretrain import checkpoint, runs
+from pretrain.build import Built, build
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
 from pretrain.config.model import parameter_count
@@ -38,8 +36,8 @@ from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
 from pretrain.objectives.batch import Batch
 from pretrain.objectives.causal import Causal
-from pretrain.profile import Profile, Unprofiled
-from pretrain.report import Facts, Reporter, Silent
+from pretrain.profile import Unprofiled
+from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.validation import Validation
@@ -377,35 +375,3 @@ class Run:
             kernels=self.built.kernels,
             passed_over=self.built.passed_over,
         )
-
-
-def main(config: Config, sources: Sources, profile: int | None = None) -> int:
-    """`python -m pretrain train` from a checked config and its data. profile: steps to be measured. Returns the exit
-    code."""
-    with Heartbeat(*rank_and_world(), config.parallel.timeout) as heartbeat:
-        return _main(config, sources, profile, heartbeat)
-
-
-def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat) -> int:
-    layout = Layout.of(config.parallel, rank_and_world()[1])
-    interrupt = Interrupt.watch()
-    grid = start_grid(layout, config.parallel.timeout)
-    heartbeat.start()
-    agreement.check(config, sources, grid, {"--profile": str(profile)})
-    config = choose_precision(config, grid)
-    run = Run(config, grid, sources, interrupt)
-    run.heartbeat = heartbeat
-    if profile is not None:
-        run.profile = Profile(profile, grid, run.folder)
-        run.built.schedule.phase = run.profile.phase
-    reporter = Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent()
-    with run.disk_may_fill(), reporter as run.reporter:
-        run.resume()
-        over = run.ending(stop=False)
-        reason = over or train(run)
-        (run.reporter.over if over else run.reporter.end)(run.state, reason)
-        if unmeasured := run.profile.close():
-            run.reporter.warn(unmeasured)
-    stop_grid()
-    # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
-    return {"diverged": 1, "stopped": interrupt.exit_code or 128 + signal.SIGTERM}.get(reason, 0)

@@ -21,7 +21,7 @@ from kernels import attention_launch, attention_triton, tiles
 from kernels.attention import alibi_slopes, attention
 from kernels.attention_triton import flash_attention
 from kernels.noise import keep_mask, sample_keys, split_keys
-from tests.kernels.test_attention import dense, documents_of, visible_places
+from tests.kernels.dense import dense, documents_of, visible_places
 
 SITE = 9
 FRACTION = 0.3  # dropout, where it is on

@@ -15,7 +15,8 @@ from kernels import attention as module
 from kernels.attention import attention
 from kernels.noise import sample_keys
 from kernels.relative import by_distance, by_place, t5_buckets
-from tests.kernels.test_attention import PACKED, Shape, assert_equals_dense, close, dense, gradients, kept, tensors
+from tests.kernels.dense import PACKED, Shape, assert_equals_dense, close, dense, gradients, tensors
+from tests.kernels.test_attention import kept
 
 EDGES = t5_buckets(8, 20)[0]
 SITE = 9  # of `kept`

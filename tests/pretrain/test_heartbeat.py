@@ -51,11 +51,11 @@ def test_every_group_has_the_configured_time_limit(layout: str, count: int) -> N
 
 
 def train_to_the_fault(path: str, overrides: list[str], victim: int, fault: str, timeout: float = TIMEOUT) -> str:
-    """`train.main` in this rank's place, where the victim does something in the middle of its second step."""
+    """`session.main` in this rank's place, where the victim does something in the middle of its second step."""
     import torch.distributed as dist
 
     from parallel.layout import rank_and_world
-    from pretrain import runs, train
+    from pretrain import runs, session
     from pretrain.data.sources import Sources
     from pretrain.errors import UserError
 
@@ -65,7 +65,7 @@ def train_to_the_fault(path: str, overrides: list[str], victim: int, fault: str,
         _arrange(fault)
     config = runs.open_config(path, [*overrides, "data.validation=null", f"parallel.timeout={timeout}"], world)
     try:
-        return str(train.main(config, Sources.open(config)))
+        return str(session.main(config, Sources.open(config)))
     except UserError as error:
         dist.destroy_process_group()
         return str(error)

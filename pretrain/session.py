@@ -1,0 +1,49 @@
+"""One session of a run: the ranks meet and agree, and the run begins or goes on, until it ends or is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+
+from parallel.grid import start_grid, stop_grid
+from parallel.layout import Layout, rank_and_world
+from pretrain import agreement
+from pretrain.build import choose_precision
+from pretrain.config.run import Config
+from pretrain.data.sources import Sources
+from pretrain.heartbeat import Heartbeat
+from pretrain.interrupt import Interrupt
+from pretrain.profile import Profile
+from pretrain.report import Reporter, Silent
+from pretrain.train import Run, train
+
+
+def main(config: Config, sources: Sources, profile: int | None = None) -> int:
+    """`python -m pretrain train` from a checked config and its data. profile: steps to be measured. Returns the exit
+    code."""
+    with Heartbeat(*rank_and_world(), config.parallel.timeout) as heartbeat:
+        return _main(config, sources, profile, heartbeat)
+
+
+def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat) -> int:
+    layout = Layout.of(config.parallel, rank_and_world()[1])
+    interrupt = Interrupt.watch()
+    grid = start_grid(layout, config.parallel.timeout)
+    heartbeat.start()
+    agreement.check(config, sources, grid, {"--profile": str(profile)})
+    config = choose_precision(config, grid)
+    run = Run(config, grid, sources, interrupt)
+    run.heartbeat = heartbeat
+    if profile is not None:
+        run.profile = Profile(profile, grid, run.folder)
+        run.built.schedule.phase = run.profile.phase
+    reporter = Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent()
+    with run.disk_may_fill(), reporter as run.reporter:
+        run.resume()
+        over = run.ending(stop=False)
+        reason = over or train(run)
+        (run.reporter.over if over else run.reporter.end)(run.state, reason)
+        if unmeasured := run.profile.close():
+            run.reporter.warn(unmeasured)
+    stop_grid()
+    # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
+    return {"diverged": 1, "stopped": interrupt.exit_code or 128 + signal.SIGTERM}.get(reason, 0)
