@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kernels.vector_math import settle
 from parallel.layers import ContextAxis, TensorAxis
 from parallel.layout import Layout, rank_and_world
 
@@ -108,6 +109,7 @@ def start_grid(layout: Layout, timeout_seconds: float) -> Grid:
 
     Raises RuntimeError (from torch) when the others do not join, or stop answering, within the timeout.
     """
+    settle()
     device = pick_device()
     if not dist.is_initialized():
         _join(device, timedelta(seconds=timeout_seconds))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kernels.available import Wish
 from kernels.backends import Backend, Backends, Call, attend
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.embedding import embedding
 from kernels.norm import layer_norm, rms_norm
 from parallel.logical import Initial, Piece, describe
 
@@ -193,10 +194,10 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.axis.size == 1:
-            return F.embedding(ids, self.weight)
+            return embedding(ids, self.weight)
         local = ids - self.first
         ours = (local >= 0) & (local < self.weight.shape[0])
-        x = F.embedding(torch.where(ours, local, 0), self.weight) * ours[..., None].to(self.weight.dtype)
+        x = embedding(torch.where(ours, local, 0), self.weight) * ours[..., None].to(self.weight.dtype)
         return leave(x, self.axis)
 
 

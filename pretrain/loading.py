@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from kernels.vector_math import settle
 from parallel.grid import pick_device
 from parallel.layers import Parts
 from pretrain import checkpoint
@@ -25,6 +26,7 @@ class Loaded(NamedTuple):
 
 def load_model(run: Path, step: int | None = None) -> Loaded:
     """The model of a run's newest whole checkpoint, or of one step's, with its tokenizer."""
+    settle()
     config = run_config(run)
     tokenizer = Tokenizer.load(run / "tokenizer.model")
     found = _find(run, step)

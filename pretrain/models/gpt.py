@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.embedding import embedding
 from kernels.rotary import rotary_angles
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
@@ -173,7 +174,7 @@ class GPT(nn.Module):
         x = self.embedding(inputs)
         if self.config.positions in ("learned", "sinusoidal"):
             table = self.positions if self.config.positions == "learned" else self.waves.values
-            rows = table[None, first:last] if documents is None else F.embedding(self._places(documents), table)
+            rows = table[None, first:last] if documents is None else embedding(self._places(documents), table)
             x = x + self.parts.scatter(rows).to(x.dtype)
         rate = self.config.embedding_dropout_rate if self.training else 0.0
         return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
