@@ -51,22 +51,16 @@ class Case(NamedTuple):
         return f"{self.layout or 'one process'}: {self.model}, micro {self.micro}"
 
 
-# The one process that all are compared with computes all 8 sequences of a step at once.
+# The one process that all are compared with computes all 8 sequences of a step at once. tests/test_matrix.py has every pair
+# of axes; here each engine and schedule is seen at work, and what is logged and validated is compared too.
 CASES = [
     Case("", "modern", 1, "full"),
     Case("tp=2", "grouped untied", 2, "selective"),
-    Case("tp=4", "modern", 4),
-    Case("tp=2,sp", "modern", 4, "selective"),
     Case("tp=2,sp", "classic untied", 2),
-    Case("pp=2", "classic", 1),
     Case("pp=4", "classic untied", 4, "selective"),  # fewer micro-batches than stages
     Case("pp=2,vp=2", "modern", 2, "full"),
-    Case("dp=2", "modern", 4),
     Case("dp=2,zero=1", "grouped untied", 2),
-    Case("tp=2,pp=2", "classic", 2),
     Case("tp=2,sp,pp=2", "classic", 2, "full"),
-    Case("tp=2,dp=2,zero=1", "classic", 2),
-    Case("pp=2,dp=2,zero=1", "modern", 1),
     Case("pp=2,vp=2,dp=2,zero=1", "classic", 2),
     Case("tp=2,pp=2,dp=2,zero=1", "classic", 2),
 ]
