@@ -11,35 +11,8 @@ from pretrain.tasks.labels import OUTSIDE
 from pretrain.tasks.tagged import repaired
 
 QUESTION_WORDS = frozenset(
-    [
-        "what",
-        "who",
-        "whom",
-        "whose",
-        "which",
-        "when",
-        "where",
-        "why",
-        "how",
-        "is",
-        "are",
-        "was",
-        "were",
-        "do",
-        "does",
-        "did",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "by",
-        "with",
-        "from",
-        "and",
-        "or",
-    ]
+    re.findall(r"\w+", "what who whom whose which when where why how is are was were do does did")
+    + re.findall(r"\w+", "of in on at to for by with from and or")
 )
 
 
@@ -78,7 +51,7 @@ def _longest_run(sentence: str, asked: set[str]) -> str:
     for word in [*re.finditer(r"\S+", sentence), None]:
         name = normalised(word.group()) if word else ""
         stops = word is None or name in asked or name in QUESTION_WORDS
-        if not stops and word is not None:
+        if word is not None and not stops and (name or words):  # an article or a dash begins no run
             start, end, words = (start if words else word.start()), word.end(), words + 1
         if words and (stops or word is None or word.group()[-1] in ",;:"):
             runs.append((-words, start, end))

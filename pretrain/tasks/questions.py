@@ -9,6 +9,7 @@ fail, since such a file was made by other rules. Offsets count characters (code 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +149,10 @@ def _finder(text: str) -> Callable[[Any], int]:
 
     def line_of(name: Any) -> int:
         nonlocal position, line
-        where = text.find(json.dumps(name, ensure_ascii=False), position) if isinstance(name, str | int) else -1
-        if where >= 0:
-            line += text.count("\n", position, where)
-            position = where
+        key = rf'"id"\s*:\s*{re.escape(json.dumps(name, ensure_ascii=False))}\s*[,}}]'
+        if isinstance(name, str | int) and (found := re.compile(key).search(text, position)):
+            line += text.count("\n", position, found.start())
+            position = found.start() + 1
         return line
 
     return line_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.tasks.answers import AnswerScores, scored
+from pretrain.tasks.answers import AnswerScores, Row, scored
 from pretrain.tasks.choices import Choice
 from pretrain.tasks.classes import ClassCounts
 from pretrain.tasks.correlation import NumberPairs
@@ -100,7 +100,7 @@ def score_tags(path: str | Path, gold: Sequence[Sentence]) -> dict[str, Any]:
 
 def score_answers(path: str | Path, gold: Sequence[Question], version_2: bool = False) -> dict[str, float]:
     """Exact match and F1 in percent; with v2 also with and without answer, and by the best threshold on "score"."""
-    rows = []
+    rows: list[Row] = []
     for (line, value), question in zip(matched(path, "answer", gold), gold, strict=True):
         if value["answer"] not in question.context:
             fail(path, line, f"the answer to {question.id} is no part of its passage; copy it word for word")
