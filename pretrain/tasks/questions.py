@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.tasks.lines import Findings, checked_text, excerpt, fail, kind_of, parse_json, read_json_lines, read_text
+from pretrain.tasks.lines import Findings, checked_text, fail, kind_of, parse_json, read_json_lines, read_text
 from pretrain.tasks.tables import check_unique, is_json_lines
 
 MAX_MISSING = 0.05
@@ -139,7 +139,7 @@ def _objects(path: str | Path, line: int, name: str, value: Any) -> list[dict[st
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         shape = '{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
         what = f'no list of objects "{name}" in {kind_of(value)}'
-        fail(path, line, f"{what}; SQuAD's JSON is {excerpt(shape, 120)[1:-1]}")
+        fail(path, line, f"{what}; SQuAD's JSON is {shape}")
     return found
 
 

@@ -57,6 +57,7 @@ MISTAKES: list[tuple[Reader, str, bytes, int, str]] = [
     (CLASSES, "a.xlsx", b"PK", 1, "ending must tell the format; name it .tsv"),
     (CLASSES, "a.tsv", b"label\ttext\n1\tcaf\xe9\n", 2, "not UTF-8 (0xe9 at byte offset 16); save"),
     (CLASSES, "a.tsv", b"\xef\xbb\xbflabel\ttext\n1\tcaf\xe9\n", 2, "not UTF-8 (0xe9 at byte offset 19); save"),
+    (CLASSES, "a.tsv", b"\xef\xbb\xbflabel\xe9\ttext\n", 1, "not UTF-8 (0xe9 at byte offset 8); save"),
     (CLASSES, "a.tsv", "label\ttext\n".encode("utf-16"), 1, "the mark of UTF-16); save"),
     (CLASSES, "a.tsv", b"label\ttext\n1\ta\0b\n", 2, "a zero byte (byte offset 14)"),
     (CLASSES, "a.tsv", b"label\ttext\n1\t" + LONG, 2, "a line longer than 16 MiB; break"),

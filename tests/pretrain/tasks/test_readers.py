@@ -139,14 +139,14 @@ def test_repaired_tags_are_legal_and_legal_ones_stay(tags: list[str]) -> None:
 def test_answers_are_moved_only_where_there_is_one_place(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     good = [asked(f"g{n}") for n in range(40)]
-    path.write_bytes(squad(*good, asked("moved", "three", 1), asked("lost", "one", 2)))
+    path.write_bytes(squad(*good, asked("moved", "three", 1), asked("lost", "one", 2), asked("gone", "four", 0)))
     findings = Findings()
     found = {question.id: question for question in read_questions(path, findings=findings)}
     assert found["moved"].answers == (Answer("three", 8),) and found["moved"].line == 42
-    assert "lost" not in found and len(found) == 41
-    assert findings.counts == {MOVED: 1, MISSING: 1} and findings.places[MISSING] == [f"{path}:43"]
+    assert not {"lost", "gone"} & found.keys() and len(found) == 41
+    assert findings.counts == {MOVED: 1, MISSING: 2} and findings.places[MISSING] == [f"{path}:43", f"{path}:44"]
     kept = {question.id: question for question in read_questions(path, keep_missing=True)}
-    assert kept["lost"].answers == (Answer("one", -1),) and len(kept) == 42
+    assert kept["lost"].answers == (Answer("one", -1),) and len(kept) == 43
     with pytest.raises(UserError, match=":42: an answer that is not at its offset"):
         list(read_questions(path, findings=Findings(strict=True)))
 
