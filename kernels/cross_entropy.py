@@ -1,4 +1,4 @@
-"""The output matrix and its cross-entropy in one: sum over the targets of logsumexp(x W^T) - (x W^T)[target].
+"""The output matrix and its cross-entropy in one: sum over the targets of logsumexp(z) - z[target], z = x W^T + b.
 
 Logits over a vocabulary are the largest activation of a language model, so they are made for a chunk of rows at a time and
 never kept. A chunk's gradient needs only its own logits: the forward pass computes it at once, scaled by 1, and the backward
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.available import Wish, choose
@@ -53,6 +54,7 @@ def linear_cross_entropy(
     mask: Tensor,
     *,
     vocab_size: int,
+    bias: Tensor | None = None,
     first_class: int = 0,
     group: Any = None,
     smoothing: float = 0.0,
@@ -62,18 +64,20 @@ def linear_cross_entropy(
     """Sum of the cross-entropy over the targets where mask is 1, a float32 scalar, the same on every rank of `group`.
 
     x (B, S, H); weight (V, H), whose row i is class first_class + i and rows from vocab_size on are padding that no
-    probability reaches; targets (B, S) ids below vocab_size; mask (B, S) 0 or 1. smoothing: label smoothing, in [0, 1);
-    z_loss: the factor of logsumexp^2. backend: `auto` is Triton on a GPU (where it cannot run, torch with a warning that
-    says why) and torch on a CPU. The gradient of x is this rank's part of the sum over the group.
+    probability reaches; targets (B, S) ids below vocab_size; mask (B, S) 0 or 1; bias (V,), added to the logits.
+    smoothing: label smoothing, in [0, 1); z_loss: the factor of logsumexp^2. backend: `auto` is Triton on a GPU (where it
+    cannot run, torch with a warning that says why) and torch on a CPU. The gradient of x is this rank's part of the sum
+    over the group.
 
     Raises ValueError for `triton` where it cannot run, and for a smoothing, z_loss or backend that there is not.
     """
     _check(smoothing, z_loss, backend)
     rules = Rules(vocab_size, first_class, group, smoothing, z_loss, _runs_triton(backend, x))
     rows = x.reshape(-1, x.shape[-1])
+    targets, mask = targets.reshape(-1), mask.reshape(-1)
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return _forward_only(rows, weight, targets.reshape(-1), mask.reshape(-1), rules)
-    return _Loss.apply(rows, weight, targets.reshape(-1), mask.reshape(-1), rules)  # type: ignore[no-any-return]
+        return _forward_only(rows, weight, bias, targets, mask, rules)
+    return _Loss.apply(rows, weight, bias, targets, mask, rules)  # type: ignore[no-any-return]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,33 +123,44 @@ def _runs_triton(wish: Wish, x: Tensor) -> bool:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rules: Rules) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules
+    ) -> Tensor:
         total = _zero(x)
-        grad_x, grad_weight = [], None
+        grad_x, grad_weight, grad_bias = [], None, None
         step = _step(x, weight, rules)
         for here, some, counts in _chunks(step, x, targets, mask):
-            loss, slope = _chunk(here, weight, some, counts, rules, sloped=True)
+            loss, slope = _chunk(here, weight, bias, some, counts, rules, sloped=True)
             assert slope is not None
             total = total + loss
             grad_x.append(slope @ weight)
             part = slope.t() @ here
+            if bias is not None:
+                summed = slope.sum(dim=0, dtype=_wide(slope[:0]).dtype)
+                grad_bias = summed if grad_bias is None else grad_bias + summed
             del slope  # or it would lie beside the next chunk's logits
             # chunks are summed in float32: bf16 sums would lose what a late chunk adds
             grad_weight = part if step >= x.shape[0] else _wide(part) if grad_weight is None else grad_weight + part
         assert grad_weight is not None
-        ctx.save_for_backward(torch.cat(grad_x) if len(grad_x) > 1 else grad_x[0], grad_weight.to(weight.dtype))
+        if bias is not None and grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        whole = torch.cat(grad_x) if len(grad_x) > 1 else grad_x[0]
+        ctx.save_for_backward(whole, grad_weight.to(weight.dtype), grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return _times(grad_x, grads[0]), _times(grad_weight, grads[0]), None, None, None
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        of_bias = None if grad_bias is None else _times(grad_bias, grads[0])
+        return _times(grad_x, grads[0]), _times(grad_weight, grads[0]), of_bias, None, None, None
 
 
-def _forward_only(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rules: Rules) -> Tensor:
+def _forward_only(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules
+) -> Tensor:
     total = _zero(x)
     for here, some, counts in _chunks(_step(x, weight, rules), x, targets, mask):
-        total = total + _chunk(here, weight, some, counts, rules, sloped=False)[0]
+        total = total + _chunk(here, weight, bias, some, counts, rules, sloped=False)[0]
     return total
 
 
@@ -161,10 +176,10 @@ def _chunks(step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _chunk(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of a chunk (M, H): the sum of its losses and, if asked for, its slope by the logits (M, V) in x's type."""
-    return (_triton_chunk if rules.triton else _torch_chunk)(x, weight, targets, mask, rules, sloped)
+    return (_triton_chunk if rules.triton else _torch_chunk)(x, weight, bias, targets, mask, rules, sloped)
 
 
 def _real(weight: Tensor, rules: Rules) -> int:
@@ -186,11 +201,11 @@ def _row_losses(log_sum: Tensor, at_target: Tensor, mean: Tensor, rules: Rules, 
 
 
 def _triton_chunk(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The logits' memory becomes the slope's."""
     real, operators = _real(weight, rules), torch.ops.kernels
-    logits, counts = x @ weight.t(), mask.float()
+    logits, counts = F.linear(x, weight, bias), mask.float()
     found = operators.softmax_statistics(logits, targets, rules.first_class, real, rules.smoothing > 0)
     if rules.group is not None:
         highest = _reduced(found[0].clone(), rules.group, torch.distributed.ReduceOp.MAX)
@@ -213,9 +228,9 @@ def _triton_chunk(
 
 
 def _torch_chunk(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
 ) -> tuple[Tensor, Tensor | None]:
-    logits, log_sum, at_target, mean, local = _softmax_parts(x, weight, targets, rules)
+    logits, log_sum, at_target, mean, local = _softmax_parts(x, weight, bias, targets, rules)
     counts = mask.to(logits.dtype)
     loss = (_row_losses(log_sum, at_target, mean, rules, log_sum - at_target) * counts).sum()
     if not sloped:
@@ -232,12 +247,12 @@ def _torch_chunk(
 
 
 def _softmax_parts(
-    x: Tensor, weight: Tensor, targets: Tensor, rules: Rules
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of a chunk: logits (M, V) with the padding at -inf; log of the sum of exponentials (M,), the target's logit (M,) and
     the mean logit (M,; the target's where there is no smoothing), all over the whole vocabulary; the target's place (M,)
     among this rank's classes, -1 where another rank has it."""
-    logits = _wide(x @ weight.t())
+    logits = _wide(F.linear(x, weight, bias))
     real = _real(weight, rules)
     means = [logits[:, :real].sum(dim=1) / rules.vocab_size] if rules.smoothing else []
     if real < weight.shape[0]:

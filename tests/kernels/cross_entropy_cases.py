@@ -23,7 +23,7 @@ from kernels import cross_entropy, cross_entropy_triton
 from tests.distributed import REPOSITORY, die_with_parent
 
 BOUNDS = {"float32": 1e-5, "float16": 2e-3}  # relative Frobenius; gradients twice that
-NAMES = ("loss", "gradient of x", "gradient of the weight")
+NAMES = ("loss", "gradient of x", "gradient of the weight", "gradient of the bias")
 
 
 class Setting(NamedTuple):
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     ignored: str = "some"  # targets: some, all, none
     layout: str = "plain"  # of x and weight: plain, odd (misaligned), transposed
     shares: int = 1
+    biased: bool = False
 
 
 def tensors(setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,6 +63,15 @@ def tensors(setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return placed(x.to(dtype), s.layout), placed(weight.to(dtype), s.layout), targets, mask
 
 
+def bias_of(setting: Setting) -> list[Tensor]:
+    """(V,) where the setting has one, large where no class is."""
+    if not setting.biased:
+        return []
+    bias = torch.randn(setting.padded, generator=torch.Generator().manual_seed(setting.padded))
+    bias[setting.vocab_size :] = 30.0
+    return [bias.to(getattr(torch, setting.dtype))]
+
+
 def placed(x: Tensor, layout: str) -> Tensor:
     """The same numbers, elsewhere in memory."""
     if layout == "odd":
@@ -76,11 +86,14 @@ def by_torch(setting: Setting, dtype: torch.dtype) -> list[Tensor]:
     """Loss over the number of rows and its gradients, by torch's cross-entropy of whole logits in that type."""
     x, weight, targets, mask = tensors(setting)
     x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
+    bias = [tensor.detach().to(dtype).requires_grad_() for tensor in bias_of(setting)]
     logits = (x @ weight[: setting.vocab_size].T)[0]
+    for tensor in bias:
+        logits = logits + tensor[: setting.vocab_size]
     losses = F.cross_entropy(logits, targets[0], reduction="none", label_smoothing=setting.smoothing)
     losses = losses + setting.z_loss * torch.logsumexp(logits, -1).square()
     loss = (losses * mask[0].to(dtype)).sum() / setting.rows
-    return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
+    return [loss.detach(), *torch.autograd.grad(loss, (x, weight, *bias))]
 
 
 @contextmanager
@@ -99,17 +112,20 @@ Call = Callable[..., Tensor]
 def ours(setting: Setting, call: Call | None = None, **share: Any) -> list[Tensor]:
     """By the kernels; share: first_class and group of this rank, whose rows of the weight alone are taken then."""
     x, weight, targets, mask = tensors(setting)
+    held = [weight, *bias_of(setting)]
     if share:
-        weight = weight.tensor_split(setting.shares)[dist.get_rank()].clone()
-    x.requires_grad_(), weight.requires_grad_()
+        held = [tensor.tensor_split(setting.shares)[dist.get_rank()].clone() for tensor in held]
+    weight, *bias = (tensor.requires_grad_() for tensor in held)
+    x.requires_grad_()
     options = {"smoothing": setting.smoothing, "z_loss": setting.z_loss, "backend": "triton", **share}
+    options["bias"] = bias[0] if bias else None
     call = call or cross_entropy.linear_cross_entropy
     with cut(setting):
         loss = call(x, weight, targets, mask, vocab_size=setting.vocab_size, **options) / setting.rows
         with torch.no_grad():
             again = call(x, weight, targets, mask, vocab_size=setting.vocab_size, **options) / setting.rows
         assert torch.equal(loss, again), "without gradients the loss is another"
-        return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
+        return [loss.detach(), *torch.autograd.grad(loss, (x, weight, *bias))]
 
 
 def by_ranks(setting: Setting, call: Call | None = None) -> list[Tensor]:
@@ -129,10 +145,10 @@ def by_ranks(setting: Setting, call: Call | None = None) -> list[Tensor]:
             found.append([torch.tensor(part) for part in end.recv()])
         for process in processes:
             process.join(20)
-    losses, of_x, of_weight = zip(*found, strict=True)
+    losses, of_x, *of_shares = zip(*found, strict=True)
     assert all(torch.equal(loss, losses[0]) for loss in losses), "ranks disagree"
     dtype = getattr(torch, setting.dtype)
-    return [losses[0].float(), torch.stack(of_x).sum(0), torch.cat(of_weight).to(dtype)]
+    return [losses[0].float(), torch.stack(of_x).sum(0), *(torch.cat(parts).to(dtype) for parts in of_shares)]
 
 
 def _share(rank: int, setting: Setting, store: str, pipe: Any, call: Call | None) -> None:
@@ -152,8 +168,8 @@ def wrong(setting: Setting, call: Call | None = None) -> list[str]:
     except AssertionError as error:
         return [str(error)]
     found = []
-    for name, mine, theirs, truth in zip(NAMES, results, eager, exact, strict=True):
-        mine = mine[: len(truth)] if truth.ndim == 2 else mine  # the truth has no padding
+    for name, mine, theirs, truth in zip(NAMES[: len(exact)], results, eager, exact, strict=True):
+        mine = mine[: len(truth)] if "weight" in name else mine  # the truth of the weight has no padding
         error, allowed = ((result.double() - truth).abs().max().item() for result in (mine, theirs))
         if not error <= 2 * allowed + 1e-5:
             found.append(f"{name}: error {error:.2e}, eager {allowed:.2e}")
@@ -161,7 +177,7 @@ def wrong(setting: Setting, call: Call | None = None) -> list[str]:
         hostile = setting.magnitude > 100 or setting.offset  # where the rounding of the logits is all that there is
         if not hostile and not (mine.double() - truth).norm() <= bound * truth.norm():
             found.append(f"{name}: relative error {((mine.double() - truth).norm() / truth.norm()).item():.2e}")
-    if results[2][setting.vocab_size :].any():
+    if any(part[setting.vocab_size :].any() for part in results[2:]):
         found.append("the padding has a gradient")
     return found
 

@@ -80,6 +80,26 @@ def test_equals_cross_entropy_of_whole_logits_for_every_chunk(
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("added", ADDED)
+def test_a_bias_is_one_more_column_of_the_weight(
+    chunk: int, added: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, chunk)
+    case = make_case(50, 64)
+    bias = torch.randn(64, dtype=torch.float64).requires_grad_()
+    loss = linear_cross_entropy(*case, vocab_size=50, bias=bias, **added) * FACTOR  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, (case.x, case.weight, bias))
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*case, vocab_size=50, bias=bias, **added) * FACTOR, loss)  # type: ignore[arg-type]
+    x = torch.cat((case.x.detach(), torch.ones(*case.x.shape[:-1], 1, dtype=torch.float64)), -1).requires_grad_()
+    weight = torch.cat((case.weight.detach(), bias.detach()[:, None]), 1).requires_grad_()
+    expected, of_x, of_weight = reference(case._replace(x=x, weight=weight), 50, **added)
+    wanted = (of_x[..., :-1], of_weight[:, :-1], of_weight[:, -1])
+    torch.testing.assert_close((loss.detach(), *found), (expected, *wanted), rtol=1e-12, atol=1e-12)
+    assert not found[2][50:].any(), "the padding's biases have no gradient"
+
+
 @pytest.mark.parametrize("added", ADDED)
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_gradients_are_those_of_the_loss(added: dict[str, float], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
