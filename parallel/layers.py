@@ -12,7 +12,7 @@ At tensor = 1 every layer is plain `F.linear`, so torch.compile sees through.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,11 +76,15 @@ class Parts:
         """A projection whose input features are shared out: takes a column layer's slice, gives the whole hidden size."""
         return RowLinear(self.axis, in_features, out_features, bias, std)
 
+    def linear(self, in_features: int, out_features: int, bias: bool, std: float) -> Linear:
+        """A small projection that every tensor rank holds whole, of what is the same on all of them."""
+        return Linear(in_features, out_features, bias, std)
+
     def embedding(self, vocab_size: int, hidden_size: int, std: float) -> VocabEmbedding:
         return VocabEmbedding(self.axis, vocab_size, hidden_size, std)
 
-    def head(self, hidden_size: int, vocab_size: int, std: float) -> VocabHead:
-        return VocabHead(self.axis, hidden_size, vocab_size, std, self.loss)
+    def head(self, hidden_size: int, vocab_size: int, std: float, bias: bool = False) -> VocabHead:
+        return VocabHead(self.axis, hidden_size, vocab_size, std, self.loss, bias)
 
     def norm(self, kind: str, hidden_size: int, epsilon: float, bias: bool) -> Norm:
         """kind: "layer" or "rms"."""
@@ -91,6 +95,11 @@ class Parts:
         return _summed(
             describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), decay=True), self.axis
         )
+
+    @property
+    def picked(self) -> Parts:
+        """Parts for what `pick` gives: activations that no tensor rank has a slice of."""
+        return Parts(replace(self.axis, sequence=False), self.context, self.backends, self.loss)
 
     # -- places ------------------------------------------------------------------------------------------------
 
@@ -121,6 +130,23 @@ class Parts:
         """This tensor rank's slice (B, s, ...) of an input (B, S, ...) that needs no gradient."""
         return _slice(x, self.axis.size, self.axis.rank) if self.axis.sequence else x
 
+    def pick(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations (B, P, H) of x (B, s, H) at places (B, P) of the whole sequence, the same on every tensor rank; and
+        whether they are of this context rank's slice (B, P), float32: they are zero where not."""
+        rows = x.shape[1]
+        local = places - self.first_row(rows)
+        ours = (local >= 0) & (local < rows)
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * rows
+        flat = x.flatten(0, 1).index_select(0, (first + torch.where(ours, local, 0)).flatten())
+        found = flat.view(*places.shape, -1) * ours[..., None].to(x.dtype)
+        if self.axis.sequence and self.axis.size > 1:
+            from megatron.core.tensor_parallel import mappings
+
+            found = mappings.reduce_from_tensor_model_parallel_region(found, group=self.axis.group)
+            local = places - self.first_place(rows * self.axis.size)
+            ours = (local >= 0) & (local < rows * self.axis.size)
+        return found, ours.float()
+
     # -- products ----------------------------------------------------------------------------------------------
 
     def attention_backend(self, call: Call) -> Backend:
@@ -136,6 +162,20 @@ class Parts:
         from parallel.context import exchanged_attention
 
         return exchanged_attention(q, k, v, self.context, backend=backend, **options)
+
+
+class Linear(nn.Module):
+    """x (..., in) -> (..., out), the same on every tensor rank."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, std: float) -> None:
+        super().__init__()
+        self.weight = describe(nn.Parameter(torch.empty(out_features, in_features)), Initial("normal", std))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = describe(nn.Parameter(torch.empty(out_features)), Initial("zeros"), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class ColumnLinear(nn.Module):
@@ -202,40 +242,76 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """The output matrix (V, H), cut along the vocabulary. With tied embeddings pass the embedding's weight instead."""
+    """The output matrix (V, H), cut along the vocabulary, and a bias (V,). With tied embeddings pass the embedding's weight
+    instead."""
 
-    def __init__(self, axis: TensorAxis, hidden_size: int, vocab_size: int, std: float, backend: Wish = "auto") -> None:
+    def __init__(
+        self,
+        axis: TensorAxis,
+        hidden_size: int,
+        vocab_size: int,
+        std: float,
+        backend: Wish = "auto",
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.axis, self.vocab_size, self.backend = axis, vocab_size, backend
         self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
+        self.bias = _vocabulary_bias(axis, vocab_size) if bias else None
 
     def tie(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor, mask: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-        """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank.
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        count_correct: bool = False,
+    ) -> Tensor:
+        """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank; with count_correct
+        (2,): behind it how many of these targets have the highest logit, without gradient.
 
         x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts; smoothing and z_loss as in
         `kernels.cross_entropy.linear_cross_entropy`.
         """
         x = enter(x, self.axis)
         group = self.axis.group if self.axis.size > 1 else None
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             x,
             self.weight,
             targets,
             mask,
             vocab_size=self.vocab_size,
+            bias=self.bias,
             first_class=self.first,
             group=group,
             smoothing=smoothing,
             z_loss=z_loss,
             backend=self.backend,
         )
+        return torch.stack((loss, self._correct(x, targets, mask))) if count_correct else loss
+
+    @torch.no_grad()
+    def _correct(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Of several logits that are as high the lowest id counts as the highest."""
+        logits = F.linear(x, self.weight, self.bias).float()
+        real = max(0, min(logits.shape[-1], self.vocab_size - self.first))
+        columns = torch.arange(logits.shape[-1], device=x.device)
+        highest, index = torch.where(columns < real, logits, -torch.inf).max(dim=-1)
+        best = torch.where(highest > -torch.inf, index + self.first, self.vocab_size)
+        if self.axis.size > 1:
+            over = highest.clone()
+            torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=self.axis.group)
+            best = torch.where(highest == over, best, self.vocab_size)
+            torch.distributed.all_reduce(best, op=torch.distributed.ReduceOp.MIN, group=self.axis.group)
+        return ((best == targets).float() * mask).sum()
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, S, V) float32, whole, without the padding; for generation and evaluation, no gradient."""
-        y = F.linear(enter(x, self.axis), self.weight).float()
+        y = F.linear(enter(x, self.axis), self.weight, self.bias).float()
         if self.axis.size > 1:
             shares = [torch.empty_like(y) for _ in range(self.axis.size)]
             torch.distributed.all_gather(shares, y.contiguous(), group=self.axis.group)
@@ -296,6 +372,16 @@ def _vocabulary_rows(axis: TensorAxis, vocab_size: int, hidden_size: int, std: f
     piece = Piece("", (vocab_size, hidden_size), (min(first, vocab_size), 0), (real, hidden_size))
     weight = describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), (piece,))
     return _cut(weight, axis, 0), first
+
+
+def _vocabulary_bias(axis: TensorAxis, vocab_size: int) -> nn.Parameter:
+    """Of this rank's rows (V,)."""
+    rows = padded_vocabulary(vocab_size) // axis.size
+    first = min(rows * axis.rank, vocab_size)
+    piece = Piece("", (vocab_size,), (first,), (max(0, min(rows, vocab_size - first)),))
+    bias = describe(nn.Parameter(torch.empty(rows)), Initial("zeros"), (piece,), decay=False)
+    _cut(bias, axis, 0)
+    return bias
 
 
 def _slice(x: Tensor, count: int, number: int) -> Tensor:

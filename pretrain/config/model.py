@@ -34,7 +34,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Shape of the Transformer."""
 
-    kind: Literal["gpt"] = meaning("gpt", "which model: gpt (a causal decoder)")
+    kind: Literal["gpt", "bert"] = meaning("gpt", "gpt (a causal decoder) or bert (a bidirectional encoder)")
     num_layers: int = meaning(6, "Transformer blocks", ge=1)
     hidden_size: int = meaning(384, "features of the residual stream", ge=1)
     num_heads: int = meaning(6, "attention heads", ge=1)
@@ -59,12 +59,17 @@ class ModelConfig(Section):
     max_positions: int | None = meaning(
         None, "longest sequence that the model can take, in tokens; null: data.seq_length", ge=1
     )
+    segments: int | None = meaning(
+        None, "rows of the table of segment embeddings; null: 2 for bert, none for gpt", ge=0
+    )
+    embedding_norm: bool | None = meaning(None, "a norm after the embeddings; null: for bert with norm_position: post")
     rope_base: float = meaning(10000.0, "rope: base of the wave lengths", gt=1)
     rope_scaling: RopeScaling | None = meaning(
         None, "rope: stretching to longer sequences, {kind, factor, ...}; null: none"
     )
     attention_window: int | list[int | None] | None = meaning(
-        None, "tokens that a position sees, itself included; a list is repeated over the layers; null: all before it"
+        None,
+        "tokens that a position sees to each side that it sees, itself included; a list is repeated over the layers; null: all",
     )
     biases: bool = meaning(True, "biases in the linear layers and LayerNorms")
     tie_embeddings: bool = meaning(True, "one matrix for the embedding and the output layer")
@@ -100,6 +105,21 @@ class ModelConfig(Section):
             yield Problem("rope_scaling", f"has no effect with positions: {self.positions}", mend)
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             yield Problem("hidden_size", f"sinusoidal positions need an even one, found {self.hidden_size}", "add 1")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only what is before it."""
+        return self.kind == "gpt"
+
+    @property
+    def num_segments(self) -> int:
+        return (2 if self.kind == "bert" else 0) if self.segments is None else self.segments
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        if self.embedding_norm is None:
+            return self.kind == "bert" and self.norm_position == "post"
+        return self.embedding_norm
 
     @property
     def kv_heads(self) -> int:
@@ -147,13 +167,29 @@ def layer_parameters(model: ModelConfig) -> int:
     return attention + feed_forward + 2 * _norm_parameters(model)
 
 
-def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
-    """Weights of the model: what a checkpoint holds, the vocabulary without padding."""
+def body_parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
+    """Weights of the embeddings, the blocks and the final norm, the vocabulary without padding."""
     hidden = model.hidden_size
-    table = max(seq_length, model.max_positions or 0) * hidden if model.positions == "learned" else 0
-    ends = vocab_size * hidden * (1 if model.tie_embeddings else 2) + table
-    final = _norm_parameters(model) if model.norm_position == "pre" else 0
-    return model.num_layers * layer_parameters(model) + ends + final
+    table = max(seq_length, model.max_positions or 0) if model.positions == "learned" else 0
+    norms = int(model.norm_position == "pre") + int(model.has_embedding_norm)
+    rows = vocab_size + table + model.num_segments
+    return rows * hidden + model.num_layers * layer_parameters(model) + norms * _norm_parameters(model)
+
+
+def pooler_parameters(model: ModelConfig) -> int:
+    """Weights of BERT's pooler: a product of the first position's state."""
+    return model.hidden_size * (model.hidden_size + int(model.biases))
+
+
+def parameter_count(model: ModelConfig, vocab_size: int, seq_length: int, pairs: bool = False) -> int:
+    """Weights of the model with its pre-training heads, as a checkpoint holds them; pairs: BERT's for sentence pairs too."""
+    count = body_parameters(model, vocab_size, seq_length)
+    count += 0 if model.tie_embeddings else vocab_size * model.hidden_size
+    if model.kind == "bert":
+        transform = pooler_parameters(model) + _norm_parameters(model)  # of the same shape
+        count += transform + (vocab_size if model.biases else 0)
+        count += pooler_parameters(model) + 2 * (model.hidden_size + int(model.biases)) if pairs else 0
+    return count
 
 
 def _norm_parameters(model: ModelConfig) -> int:

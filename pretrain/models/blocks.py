@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.parts = parts
         self.heads, self.groups, self.size = parts.share(heads), parts.share(groups), size
         self.first_head = parts.first(heads)
-        self.window = config.window(layer)
+        self.causal, self.window = config.causal, config.window(layer)
         self.dropout = config.attention_dropout_rate
         self.site = SITES * layer + ATTENTION_SITE
         self.recompute = False
@@ -97,6 +97,7 @@ class Attention(nn.Module):
             self.size,
             length,
             length,
+            causal=self.causal,
             window=None if self.window is None or self.window >= length else self.window,
             documents=self.parts.backends.documents,
             biased=config.positions == "alibi",
@@ -109,7 +110,7 @@ class Attention(nn.Module):
             k,
             v,
             backend=backend,
-            causal=True,
+            causal=self.causal,
             window=self.window,
             slopes=context.slopes,
             documents=context.documents,

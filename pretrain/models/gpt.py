@@ -1,42 +1,27 @@
 """GPT: a causal language model (Radford et al. 2019; Brown et al. 2020), whole or the layers of one pipeline stage.
 
-ids -> embedding (+ positions) -> dropout -> blocks -> norm -> logits over the vocabulary -> cross-entropy, summed over the
-targets. Weights' type is the type of the residual stream; norms, softmax and the loss are float32 inside.
+The stack's hidden states -> logits over the vocabulary -> cross-entropy, summed over the targets.
 
 Shapes: B batch, S sequence, s this rank's slice of it (= S without sequence parallelism), H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from kernels.embedding import embedding
-from kernels.rotary import rotary_angles
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
-from pretrain.models.blocks import (
-    EMBEDDING_SITE,
-    Block,
-    Cache,
-    Context,
-    Recompute,
-    Table,
-    drop,
-    local_slopes,
-    sinusoids,
-)
+from pretrain.models.blocks import Cache
+from pretrain.models.stack import Stack
 
 
-class GPT(nn.Module):
-    """Holds `layers` (global numbers), the embeddings if `first`, the final norm and the head if `last`.
+class GPT(Stack):
+    """A stack with a language model's head on its last stage.
 
-    A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`.
-    label_smoothing, z_loss: of the loss, while training alone.
+    stage: of the model, see `Stack`. label_smoothing, z_loss: of the loss, while training alone.
     """
 
     def __init__(
@@ -45,66 +30,16 @@ class GPT(nn.Module):
         parts: Parts,
         vocab_size: int,
         seq_length: int,
-        layers: range | None = None,
-        first: bool = True,
-        last: bool = True,
-        recompute: Recompute = "none",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        **stage: Any,
     ) -> None:
-        super().__init__()
-        self.config, self.parts = config, parts
+        super().__init__(config, parts, vocab_size, seq_length, **stage)
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.is_first, self.is_last = first, last
-        self.max_length = max(seq_length, config.max_positions or 0)
-        hidden, scale = config.hidden_size, config.initial_scale
-        if first or (last and config.tie_embeddings):
-            self.embedding = parts.embedding(vocab_size, hidden, scale)
-        if first and config.positions == "learned":
-            self.positions = parts.table(self.max_length, hidden, scale)
-        if first and config.positions == "sinusoidal":
-            self.waves = Table(sinusoids(self.max_length, hidden))
-        if config.positions == "rope":
-            places = torch.arange(self.max_length)
-            scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
-            cos, sin = rotary_angles(places, config.size_of_head, config.rope_base, scaling)
-            self.angles = Table(torch.stack((cos, sin)))  # (2, S, D/2)
-        if config.positions == "alibi":
-            self.slopes = Table(local_slopes(config.num_heads, parts))
-        numbers = range(config.num_layers) if layers is None else layers
-        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i, seq_length) for i in numbers})
-        if last:
-            if config.norm_position == "pre":
-                self.norm = parts.norm(config.norm, hidden, config.norm_epsilon, config.biases)
-            self.head = parts.head(hidden, vocab_size, scale)
+        if self.is_last:
+            self.head = parts.head(config.hidden_size, vocab_size, config.initial_scale)
             if config.tie_embeddings:
                 self.head.tie(self.embedding.weight)
-        self.recompute = recompute
-
-    @property
-    def recompute(self) -> Recompute:
-        """What the backward pass makes again: nothing, each layer's attention ("selective"), or each layer ("full")."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, value: Recompute) -> None:
-        if value not in ("none", "selective", "full"):
-            raise ValueError(f"recompute is none, selective or full, found {value!r}")
-        self._recompute: Recompute = value
-        for _, block in self.layers():
-            block.attention.recompute = value == "selective"
-
-    def layers(self) -> Iterator[tuple[str, Block]]:
-        """This stage's blocks and their names, in order."""
-        for name, block in self.blocks.items():
-            assert isinstance(block, Block)
-            yield name, block
-
-    @property
-    def tied_copy(self) -> nn.Parameter | None:
-        """This stage's copy of the first stage's embedding, whose gradient the two must sum."""
-        copied = self.is_last and not self.is_first and self.config.tie_embeddings
-        return self.embedding.weight if copied else None
 
     def forward(
         self,
@@ -122,21 +57,12 @@ class GPT(nn.Module):
         while training with label smoothing and z-loss.
         """
         inputs, targets, mask = (None if x is None else self.parts.own(x) for x in (inputs, targets, mask))
-        length = self._length(inputs, targets, hidden)
-        place = self.parts.first_place(length)
-        x = self._embed(inputs, sample_keys, documents, place) if self.is_first else hidden
-        assert x is not None, "a stage that is not the first takes `hidden`"
-        context = self._context(length, sample_keys, documents, place)
-        for block in self.blocks.values():
-            if self._recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, context)
+        x = self.states(inputs, self._length(inputs, targets, hidden), sample_keys, documents, hidden=hidden)
         if not self.is_last:
             return x
         assert targets is not None and mask is not None, "the last stage takes targets and mask"
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if self.training else (0.0, 0.0)
-        return self.head(self._final(x), targets, mask, smoothing, z_loss)
+        return self.head(x, targets, mask, smoothing, z_loss)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, caches: dict[str, Cache] | None = None, first: int = 0) -> Tensor:
@@ -145,7 +71,7 @@ class GPT(nn.Module):
             raise ValueError("logits need the whole model on one stage")
         if first and caches is None:
             raise ValueError(f"the positions before {first} are missing: pass the caches that hold them")
-        x = self._embed(inputs, None, None, first)
+        x = self._embed(inputs, None, None, None, first)
         context = self._context(inputs.shape[1], None, None, first)._replace(first=first)
         for name, block in self.blocks.items():
             x = block(x, context, None if caches is None else caches[name])
@@ -160,46 +86,10 @@ class GPT(nn.Module):
         return caches
 
     def _length(self, inputs: Tensor | None, targets: Tensor | None, hidden: Tensor | None) -> int:
-        """S of the whole sequence."""
+        """S of this context rank's sequence."""
         known = inputs if inputs is not None else targets
         if known is not None:
             return known.shape[1]
         assert hidden is not None
         slices = self.parts.axis.size if self.parts.axis.sequence else 1
         return hidden.shape[1] * slices
-
-    def _embed(self, inputs: Tensor | None, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Tensor:
-        assert inputs is not None, "the first stage takes `inputs`"
-        last = self._check_length(first, inputs.shape[1])
-        x = self.embedding(inputs)
-        if self.config.positions in ("learned", "sinusoidal"):
-            table = self.positions if self.config.positions == "learned" else self.waves.values
-            rows = table[None, first:last] if documents is None else embedding(self._places(documents), table)
-            x = x + self.parts.scatter(rows).to(x.dtype)
-        rate = self.config.embedding_dropout_rate if self.training else 0.0
-        return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
-
-    def _places(self, documents: Tensor) -> Tensor:
-        """(B, S) places of this context rank's positions, each in its document."""
-        places = torch.arange(documents.shape[1], device=documents.device)
-        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        return self.parts.own(places - torch.where(begins, places, 0).cummax(dim=1).values)
-
-    def _context(self, length: int, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Context:
-        """Of the positions first : first + length."""
-        cos, sin, slopes = None, None, None
-        if self.config.positions == "rope":
-            cos, sin = self.angles.values[:, first : self._check_length(first, length)]
-        if self.config.positions == "alibi":
-            slopes = self.slopes.values
-        return Context(sample_keys, cos, sin, slopes, documents)
-
-    def _check_length(self, first: int, length: int) -> int:
-        """The place after the last position; ValueError if the tables of positions do not reach it."""
-        last = first + length
-        if last > self.max_length and self.config.positions in ("learned", "sinusoidal", "rope"):
-            raise ValueError(f"{last} positions asked for, but the model was made for {self.max_length}")
-        return last
-
-    def _final(self, x: Tensor) -> Tensor:
-        return self.norm(x) if self.config.norm_position == "pre" else x

@@ -255,7 +255,7 @@ def test_mistakes_are_told() -> None:
         model.logits(inputs[:, :5], model.make_caches(3, 4))
     with pytest.raises(ValueError, match="found 'all'"):
         model.recompute = "all"  # type: ignore[assignment]
-    stage = GPT(config, Parts(), VOCAB, LENGTH, range(1), last=False)
+    stage = GPT(config, Parts(), VOCAB, LENGTH, layers=range(1), last=False)
     with pytest.raises(ValueError, match="whole model on one stage"):
         stage.logits(inputs)
 
