@@ -69,6 +69,12 @@ def split_keys(keys: Tensor, first: int, count: int) -> Tensor:
     return mix(mix(keys ^ _i32(0x9E3779B9))[:, None] ^ parts[None, :]).reshape(-1)
 
 
+def bits(keys: Tensor, site: int, places: Tensor) -> Tensor:
+    """(B, n) int64 numbers, uniform in [0, 2^32), of keys (B,) int32 from `sample_keys` at places (n,) of one site."""
+    mixed = mix(mix(keys ^ _i32(site * 0x9E3779B9))[:, None] ^ places.to(torch.int32)[None, :])
+    return mixed.to(torch.int64) + 2**31
+
+
 def keep_mask(keys: Tensor, site: int, rows: Tensor, columns: Tensor, rate: float) -> Tensor:
     """Boolean mask, True with probability 1 - rate.
 

@@ -43,11 +43,12 @@ class Schedule:
                 stage.config, stage.model_type = config, _model_type()
 
     def run(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool = False) -> Tensor:
-        """Forward (and backward of loss * scale) over the micro-batches; gradients accumulate in the parameters.
-        scale: a number, or a tensor () on the device.
+        """Forward (and backward of the sum of loss * scale) over the micro-batches; gradients accumulate in the
+        parameters. The last stage gives a loss () or the losses (k,) of several terms; scale: a number, or a tensor () or
+        (k,) on the device.
 
-        Returns the float32 sum of the losses over this rank's micro-batches, unscaled, on the ranks of the last stage;
-        zero elsewhere. Reads nothing back from the device.
+        Returns the float32 sums of the losses over this rank's micro-batches, unscaled, of the same shape, on the ranks of
+        the last stage; zero elsewhere. Reads nothing back from the device.
         """
         if self.grid.layout.pipeline == 1:
             return self._run_alone(batches, scale, forward_only)
@@ -60,8 +61,8 @@ class Schedule:
                 loss = self.stages[0](batch)
             if not forward_only:
                 with self.phase("backward"), nullcontext() if number == len(batches) else self.no_sync():
-                    (loss * scale).backward()
-            total += loss.detach()
+                    (loss * scale).sum().backward()
+            total = total + loss.detach()
         return total
 
     def _run_pipeline(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
@@ -72,8 +73,8 @@ class Schedule:
         def forward_step(source: Iterator[MicroBatch], stage: Stage) -> tuple[Tensor, Any]:
             output = stage(next(source))
             # The schedule divides the returned loss by the number of micro-batches and multiplies it by the context
-            # ranks, in place: log a copy.
-            return output, lambda loss: (loss * (scale * count / layout.context), loss.detach().clone())
+            # ranks.
+            return output, lambda loss: _scaled(loss, scale * count / layout.context)
 
         layout = self.grid.layout
         sources = [iter(batches) for _ in self.stages]
@@ -93,7 +94,12 @@ class Schedule:
             micro_batch_size=S // slices,
             forward_only=forward_only,
         )
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.grid.device)
+        return torch.stack(losses).sum(dim=0) if losses else torch.zeros((), device=self.grid.device)
+
+
+def _scaled(loss: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """What the gradients are of, and a copy of the losses to log, since the schedule divides the first in place."""
+    return (loss * scale).sum(), loss.detach().clone()
 
 
 class _Timers:

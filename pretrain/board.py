@@ -1,11 +1,11 @@
 """TensorBoard files of a run: scalars in six groups, text by the model, the config, and hyperparameters.
 
-train/       loss, grad_norm, learning_rate, batch_size
+train/       loss, grad_norm, learning_rate, batch_size; each term of the loss where there are several
 speed/       tokens_per_second, step_seconds, mfu and hfu where the device's peak is known
 memory/      gibibytes
 data/        wait_seconds a step, epochs
 checkpoint/  stall_seconds, write_seconds
-validation/  loss, bits_per_byte
+validation/  loss, bits_per_byte; accuracies
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ GROUPS = {
 }
 
 
+def tag_of(name: str) -> str | None:
+    """A field's place in a group; what else is measured of a model stands beside its loss."""
+    if name in GROUPS:
+        return GROUPS[name]
+    if name.endswith(("_loss", "_accuracy")):
+        return f"validation/{name.removeprefix('validation_')}" if name.startswith("validation_") else f"train/{name}"
+    return None
+
+
 class Board:
     """Writes RUN/tensorboard. `step`: as for `pretrain.metrics.Metrics`, what lies beyond it is removed first."""
 
@@ -58,8 +67,8 @@ class Board:
     def scalars(self, step: int, fields: dict[str, Any]) -> None:
         """Those of the fields that have a place in a group."""
         for name, value in fields.items():
-            if name in GROUPS:
-                self._writer.add_scalar(GROUPS[name], value, step)
+            if tag := tag_of(name):
+                self._writer.add_scalar(tag, value, step)
         if "memory_bytes" in fields:
             self._writer.add_scalar("memory/gibibytes", fields["memory_bytes"] / 2**30, step)
 

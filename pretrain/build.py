@@ -24,8 +24,10 @@ from parallel.zero import make_engine
 from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError
+from pretrain.models.bert import BERT
 from pretrain.models.gpt import GPT
 
+Model = GPT | BERT
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -68,22 +70,29 @@ def build_stages(
     stages = []
     for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
         try:
-            model: Any = GPT(
-                config.model,
-                parts,
-                vocab_size,
-                config.data.seq_length,
-                layers=cut.layers,
-                first=cut.first,
-                last=cut.last,
-                recompute=config.parallel.recompute,
-                label_smoothing=config.objective.label_smoothing,
-                z_loss=config.objective.z_loss,
-            )
+            model = make_model(config, parts, vocab_size, cut.layers, cut.first, cut.last)
         except Refused as error:
             raise UserError(f"kernels.attention: {error}") from None
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
+
+
+def make_model(
+    config: Config, parts: Parts, vocab_size: int, layers: range | None = None, first: bool = True, last: bool = True
+) -> Model:
+    """The config's model, or those layers of it and its first or last end."""
+    objective, shape = config.objective, (config.model, parts, vocab_size, config.data.seq_length)
+    options: dict[str, Any] = {
+        "layers": layers,
+        "first": first,
+        "last": last,
+        "recompute": config.parallel.recompute,
+        "label_smoothing": objective.label_smoothing,
+        "z_loss": objective.z_loss,
+    }
+    if config.model.kind == "bert":
+        return BERT(*shape, pairs=objective.pairs != "none", **options)
+    return GPT(*shape, **options)
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""How well a trained model predicts a text: loss a token, perplexity, bits per byte.
+"""How well a trained model predicts a text: loss a token, perplexity, bits per byte; an encoder's loss and accuracy.
 
 Text is scored with a sliding context: windows of the model's length, each advancing by `stride` tokens and scoring only
-its last `stride` ones, so that every token but the first ones has at least length - stride tokens before it.
+its last `stride` ones, so that every token but the first ones has at least length - stride tokens before it. An encoder
+predicts what its objective hides of it, sequence by sequence.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
+from pretrain.objectives.choice import objective_of
+from pretrain.validation import result_of
+from pretrain.vocabulary import vocabulary_of
 
 
 @torch.inference_mode()
@@ -56,6 +60,29 @@ def _batches(ids: np.ndarray, length: int, stride: int, size: int) -> Iterator[t
             return
 
 
+@torch.inference_mode()
+def masked_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[str, float]:
+    """Loss and accuracy of what the run's own objective hides of the ids, cut into sequences; the last one is filled up
+    with document ends, which are never hidden."""
+    config, model, length = loaded.config, loaded.model, loaded.config.data.seq_length
+    rows = -(-len(ids) // length)
+    tokens = np.full(rows * length + 1, loaded.tokenizer.eos)
+    tokens[: len(ids)] = ids
+    cut = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+    vocabulary = vocabulary_of(config, loaded.tokenizer)
+    objective = objective_of(config, loaded.tokenizer, vocabulary, lanes=1)
+    device = next(model.parameters()).device
+    sums, counts = torch.zeros(objective.num_sums, dtype=torch.float64), torch.zeros(len(objective.terms)).double()
+    for first in range(0, rows, batch_size):
+        numbers = np.arange(first, min(first + batch_size, rows))
+        parts = [numbers] if objective.also is None else [numbers, objective.also(numbers) % rows]
+        batch = objective(torch.from_numpy(numbers), torch.from_numpy(np.hstack([cut[part] for part in parts])))
+        counts += batch.counts()
+        sums += model(*batch.to(device)).double().cpu()
+    result = result_of(objective, sums.tolist(), counts.tolist(), None)
+    return {"loss": result.loss, **result.scores, "targets": result.targets, "sequences": rows}
+
+
 def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
     """The ids of text (a file or a folder, each document with its end) or of shards, and the bytes of text behind them.
     A document end stands before the first, so that every token of the data is scored."""
@@ -64,7 +91,7 @@ def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
         manifest = Manifest.load(data)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
-        return np.concatenate([[tokenizer.eos], _all_tokens(manifest)]), manifest.text_bytes
+        return _something(data, np.concatenate([[tokenizer.eos], _all_tokens(manifest)])), manifest.text_bytes
     if parts := sorted(data.glob("*/manifest.json")):
         raise UserError(f"--data {data}: name one folder of shards: {', '.join(str(part.parent) for part in parts)}")
     ids, text_bytes, skipped = [tokenizer.eos], 0, Skipped()
@@ -72,7 +99,14 @@ def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
         ids += [*tokenizer.encode(document.text), tokenizer.eos]
         text_bytes += len(document.text.encode())
     _check_all_read(data, skipped)
-    return np.asarray(ids, dtype=np.int64), text_bytes
+    return _something(data, np.asarray(ids, dtype=np.int64)), text_bytes
+
+
+def _something(data: Path, ids: np.ndarray) -> np.ndarray:
+    """The ids, of which there must be more than the first document end."""
+    if len(ids) < 2:
+        raise UserError(f"--data {data}: nothing to score in it")
+    return ids
 
 
 def _check_all_read(data: Path, skipped: Skipped) -> None:
@@ -92,15 +126,15 @@ def _all_tokens(manifest: Manifest) -> np.ndarray:
 def main(args: Namespace) -> int:
     """`python -m pretrain evaluate`: prints one JSON line."""
     loaded = load_model(Path(args.run_folder), args.checkpoint)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
+    if not isinstance(loaded.model, GPT):
+        return _print(_encoder(loaded, args))
     length = loaded.model.max_length
     stride = length if args.stride is None else args.stride
     if not 1 <= stride <= length:
         raise UserError(f"--stride {stride}: give 1 to {length}, the model's length")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
     ids, text_bytes = _tokens_of(Path(args.data), loaded)
-    if len(ids) < 2:
-        raise UserError(f"--data {args.data}: nothing to score in it")
     total, count = sum_loss(loaded.model, ids, stride, args.batch_size)
     loss = total / count
     result = {
@@ -112,6 +146,17 @@ def main(args: Namespace) -> int:
         "stride": stride,
         "step": loaded.step,
     }
+    return _print(result)
+
+
+def _encoder(loaded: Loaded, args: Namespace) -> dict[str, float]:
+    if args.stride is not None:
+        raise UserError(f"--stride {args.stride}: an encoder's sequences do not overlap; leave it out")
+    ids, _ = _tokens_of(Path(args.data), loaded)
+    return {**masked_scores(loaded, ids[1:], args.batch_size), "step": loaded.step}
+
+
+def _print(result: dict[str, float]) -> int:
     json.dump(result, sys.stdout)
     print()
     return 0

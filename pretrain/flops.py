@@ -3,7 +3,8 @@
 A product of a matrix's weight with a token is 2 FLOPs forward and 4 backward. Counted are the products with the weights
 (query, key, value and output projections, the feed-forward layer, the head) and attention's two, q k^T and probabilities
 times v, by the mask: a query multiplies only the keys that it sees, of a causal sequence of S tokens (S + 1) / 2 in the
-mean. Embeddings and positions are look-ups and cost nothing.
+mean, of a bidirectional one all S. Of a masked objective only the places that are predicted meet the head. Embeddings and
+positions are look-ups and cost nothing.
 
 Left out: biases, norms, activations, softmax, rotary positions, dropout, the loss and the optimizer, which take time but
 few FLOPs; the vocabulary's padding; masked scores that a kernel computes and throws away, and scores that its backward
@@ -57,14 +58,19 @@ PEAKS = {
 }
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """What one token of training needs, forward and backward."""
-    forward = 2 * (_block_weights(model) * model.num_layers + model.hidden_size * vocab_size)
+def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int, predicted: float = 1.0) -> float:
+    """What one token of training needs, forward and backward. predicted: share of the places that meet the head."""
+    head = model.hidden_size * (vocab_size if model.causal else vocab_size + model.hidden_size)
+    forward = 2 * (_block_weights(model) * model.num_layers + head * predicted)
     return FORWARD_AND_BACKWARD * (forward + _scores(model, seq_length))
 
 
 def hardware_flops_per_token(
-    model: ModelConfig, vocab_size: int, seq_length: int, recompute: Literal["none", "selective", "full"]
+    model: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    recompute: Literal["none", "selective", "full"],
+    predicted: float = 1.0,
 ) -> float:
     """The same with what recomputation makes again (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
     Transformer Models", section 5 and appendix A): `full` each block's forward pass, `selective` attention's products.
@@ -76,11 +82,14 @@ def hardware_flops_per_token(
         again += _scores(model, seq_length)
     if recompute == "full":
         again += 2 * _block_weights(model) * model.num_layers
-    return flops_per_token(model, vocab_size, seq_length) + again
+    return flops_per_token(model, vocab_size, seq_length, predicted) + again
 
 
-def visible_pairs(length: int, window: int | None) -> int:
-    """(query, key) pairs that a causal mask leaves of `length` tokens, of which each sees the last `window` at most."""
+def visible_pairs(length: int, window: int | None, causal: bool = True) -> int:
+    """(query, key) pairs that a mask leaves of `length` tokens, of which each sees the last `window` at most, and without
+    `causal` as many to the other side."""
+    if not causal:
+        return 2 * visible_pairs(length, window) - length
     shown = min(window or length, length)
     return shown * (shown + 1) // 2 + (length - shown) * shown  # the first see fewer than the window
 
@@ -95,7 +104,7 @@ def _block_weights(model: ModelConfig) -> int:
 
 def _scores(model: ModelConfig, seq_length: int) -> float:
     """FLOPs of attention's two products a token, forward: 2 x heads x head size each, for every visible key."""
-    pairs = sum(visible_pairs(seq_length, model.window(layer)) for layer in range(model.num_layers))
+    pairs = sum(visible_pairs(seq_length, model.window(layer), model.causal) for layer in range(model.num_layers))
     return 4 * model.num_heads * model.size_of_head * pairs / seq_length
 
 

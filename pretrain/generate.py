@@ -102,13 +102,18 @@ def main(args: Namespace) -> int:
     """`python -m pretrain generate`."""
     check_options(args)
     loaded = load_model(Path(args.run_folder), args.checkpoint)
+    model = loaded.model
+    if not isinstance(model, GPT):
+        raise UserError(
+            f"{args.run_folder}: a {loaded.config.model.kind} sees both sides of a token, so it writes no text"
+        )
     prompt = loaded.tokenizer.encode(args.prompt) or [loaded.tokenizer.eos]
     for number in range(args.num_samples):
         if args.num_samples > 1:
             print(f"--- {number + 1} of {args.num_samples}")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed + number)
         sys.stdout.write(args.prompt)
-        ids = generate(loaded.model, prompt, args.max_tokens, sampling, loaded.tokenizer.eos)
+        ids = generate(model, prompt, args.max_tokens, sampling, loaded.tokenizer.eos)
         for text in stream_text(loaded.tokenizer, ids):
             sys.stdout.write(text)
             sys.stdout.flush()

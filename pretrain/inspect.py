@@ -17,6 +17,7 @@ from pretrain.errors import UserError
 from pretrain.metrics import read_metrics
 from pretrain.runs import CONFIG, TOKENIZER, run_config
 from pretrain.tokenizer import Tokenizer
+from pretrain.vocabulary import vocabulary_of
 
 
 def main(args: Namespace) -> int:
@@ -80,7 +81,8 @@ def _run(path: Path, console: Console) -> int:
     from pretrain import checkpoint  # imports torch, which shards do without
 
     config, tokenizer = run_config(path), Tokenizer.load(path / TOKENIZER)
-    count = parameter_count(config.model, config.model.vocab_size or tokenizer.vocab_size, config.data.seq_length)
+    shape = config.model, vocabulary_of(config, tokenizer).size, config.data.seq_length
+    count = parameter_count(*shape, pairs=config.objective.pairs != "none")
     console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")
     table = Table("step", "validation loss", "size", "written by", "hashes")
     losses = {line["step"]: line.get("validation_loss") for line in read_metrics(path)}

@@ -9,17 +9,17 @@ from kernels.vector_math import settle
 from parallel.grid import pick_device
 from parallel.layers import Parts
 from pretrain import checkpoint
-from pretrain.build import DTYPES
+from pretrain.build import DTYPES, Model, make_model
 from pretrain.config.run import Config
 from pretrain.errors import UserError
-from pretrain.models.gpt import GPT
 from pretrain.runs import run_config
 from pretrain.tokenizer import Tokenizer
+from pretrain.vocabulary import vocabulary_of
 
 
 class Loaded(NamedTuple):
     config: Config
-    model: GPT
+    model: Model
     tokenizer: Tokenizer
     step: int
 
@@ -30,8 +30,7 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     config = run_config(run)
     tokenizer = Tokenizer.load(run / "tokenizer.model")
     found = _find(run, step)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    model = GPT(config.model, Parts(), vocab_size, config.data.seq_length)
+    model = make_model(config, Parts(), vocabulary_of(config, tokenizer).size)
     checkpoint.load_weights(found, model)
     model.to(pick_device(), DTYPES[config.precision.compute]).eval()
     return Loaded(config, model, tokenizer, found.state.step)

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parallel.layout import Layout
-from pretrain.config.model import GATED, ModelConfig, layer_parameters
+from pretrain.config.model import GATED, ModelConfig, layer_parameters, pooler_parameters
 from pretrain.config.run import Config
 
 FLOAT = 4  # bytes
 VOCABULARY_MULTIPLE = 128  # parallel.layers
 BUCKET = 2**23  # elements of a flat reduction, parallel.averaging
 GATHERED = 10**9  # elements that DeepSpeed's ZeRO-3 keeps whole at most (stage3_max_live_parameters)
+DROPOUT_BYTES = 25  # a pair of a block of queries: probabilities, the hash of its places step by step, the mask
 LOGIT_BYTES = 17  # a class of a row: logits, exp, the target's place as bool and float32, their difference
 
 
@@ -91,6 +92,13 @@ class Place:
         return self.between * self.model.hidden_size * self.element
 
     @property
+    def predicted(self) -> int:
+        """Rows of a micro-batch that meet the head."""
+        if self.model.causal:
+            return self.rows
+        return self.config.batch.micro_size * self.config.objective.predicted(self.config.data.seq_length)
+
+    @property
     def classes(self) -> int:
         """This rank's rows of the padded vocabulary."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // self.layout.tensor
@@ -118,7 +126,7 @@ def memory(
     for count, gradients in _heights(len(flying), micro_batches * layout.virtual, states.gradients, states.kept):
         activations = sum(held[chunk] for chunk in flying[:count])
         moments += [
-            states.at("loss", gradients, activations, _loss(place) if place.last else 0),
+            states.at("loss", gradients, activations, max(_loss(place) if place.last else 0, _dropping(place))),
             states.at("backward", gradients, activations, _backward(place)),
         ]
     moments.append(states.at("step", states.gradients, 0, 0))
@@ -162,11 +170,22 @@ def parameters(place: Place) -> int:
     matrix = place.classes * model.hidden_size
     ends = [place.first, place.last] if not model.tie_embeddings else [place.first or place.last]
     count += matrix * sum(ends)
-    if place.first and model.positions == "learned":
-        count += max(place.config.data.seq_length, model.max_positions or 0) * model.hidden_size
-    if place.last and model.norm_position == "pre":
-        count += model.hidden_size * (2 if biased and model.norm == "layer" else 1)
+    norm = model.hidden_size * (2 if biased and model.norm == "layer" else 1)
+    if place.first:
+        table = max(place.config.data.seq_length, model.max_positions or 0) if model.positions == "learned" else 0
+        count += (table + model.num_segments) * model.hidden_size + (norm if model.has_embedding_norm else 0)
+    if place.last:
+        count += norm if model.norm_position == "pre" else 0
+        count += 0 if model.causal else _encoder_head(place, norm)
     return count
+
+
+def _encoder_head(place: Place, norm: int) -> int:
+    """Weights of the transform, the vocabulary's bias, and of the pairs' head."""
+    model, paired = place.model, place.config.objective.pairs != "none"
+    dense = pooler_parameters(model)
+    pairs = dense + 2 * (model.hidden_size + int(model.biases)) if paired else 0
+    return dense + norm + (place.classes if model.biases else 0) + pairs
 
 
 def _states(place: Place) -> _States:
@@ -267,7 +286,7 @@ def attention_saved(place: Place, layer: int) -> int:
     alone = not place.config.objective.attention_across_documents
     if not windowed and not alone and model.positions != "alibi" and not dropout:
         return attention_inputs(place) + FLOAT * place.rows * heads
-    span, area = visible(length, window if windowed else None)
+    span, area = visible(length, window if windowed else None, model.causal)
     shared = place.layout.context
     queries = element * place.rows * heads * model.size_of_head
     groups = max(model.kv_heads // place.layout.tensor // shared, 1)
@@ -280,13 +299,14 @@ def attention_saved(place: Place, layer: int) -> int:
     return queries + copies + place.config.batch.micro_size * ((heads // shared) * area * (kept + again) + maps)
 
 
-def visible(length: int, window: int | None) -> tuple[int, int]:
-    """Keys that the blocks of queries of `kernels.attention` read, and pairs of a query and a key, of one causal head."""
-    rows = max(64, -(-length // 4))
+def visible(length: int, window: int | None, causal: bool = True) -> tuple[int, int]:
+    """Keys that the blocks of queries of `kernels.attention` read, and pairs of a query and a key, of one head."""
+    rows = max(64, -(-length // 4)) if causal or window is not None else length
     span = area = 0
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        keys = stop - (max(0, start - window + 1) if window is not None else 0)
+        last = stop if causal else length if window is None else min(length, stop + window - 1)
+        keys = last - (max(0, start - window + 1) if window is not None else 0)
         span, area = span + keys, area + keys * (stop - start)
     return span, area
 
@@ -310,9 +330,14 @@ def _embedding(place: Place) -> int:
 
 
 def _final(place: Place) -> int:
-    """The last norm, and the loss's gradients of hidden states and matrix, which it makes in the forward pass."""
+    """The last norm, and the loss's gradients of hidden states and matrix, which it makes in the forward pass; an encoder's
+    transform of the places that are predicted."""
     norm = norm_saved(place) if place.model.norm_position == "pre" else 0
-    return norm + place.hidden + place.element * place.classes * place.model.hidden_size
+    rows = place.element * place.predicted * place.model.hidden_size
+    transform = (
+        0 if place.model.causal else 4 * rows
+    )  # what is picked twice, and what meets the activation and the norm
+    return norm + transform + rows + place.element * place.classes * place.model.hidden_size
 
 
 def _exchanged(place: Place) -> int:
@@ -349,18 +374,31 @@ def chunk_rows(num_rows: int, num_classes: int) -> int:
 
 def _loss(place: Place) -> int:
     """The hidden states after the last norm and a chunk's logits, less what the loss has not made yet."""
-    rows = min(place.rows, chunk_rows(place.rows, place.classes))
-    several = rows < place.rows
+    rows = min(place.predicted, chunk_rows(place.predicted, place.classes))
+    several = rows < place.predicted
     matrix = place.classes * place.model.hidden_size
-    unmade = 0 if several else place.hidden + place.element * matrix
-    return place.hidden + rows * place.classes * LOGIT_BYTES - unmade
+    states = place.element * place.predicted * place.model.hidden_size
+    unmade = 0 if several else states + place.element * matrix
+    return states + rows * place.classes * LOGIT_BYTES - unmade
+
+
+def _dropping(place: Place) -> int:
+    """The dropout of the last layer's attention probabilities, less what is not made yet when it is at work."""
+    model, length, layer = place.model, place.config.data.seq_length, place.chunks[-1][-1]
+    if not model.attention_dropout_rate:
+        return 0
+    block = max(64, -(-length // 4)) if model.causal or model.window(layer) is not None else length
+    heads = model.num_heads // place.layout.tensor // place.layout.context
+    made = DROPOUT_BYTES * place.config.batch.micro_size * heads * block * length
+    later = saved_by_layer(place, layer) - norm_saved(place) - place.hidden + (_final(place) if place.last else 0)
+    return made - later
 
 
 def _backward(place: Place) -> int:
     """The loss's gradients multiplied by their factor, or those inside a layer; a recomputed layer's activations."""
     model, layer = place.model, place.chunks[-1][-1]
     matrix = place.classes * model.hidden_size * place.element
-    head = place.hidden + matrix if place.last else 0
+    head = place.element * place.predicted * model.hidden_size + matrix if place.last else 0
     inside = 2 * place.residual + place.element * (place.rows * _up(place) + _up(place) * model.hidden_size)
     if place.config.parallel.recompute == "full":
         inside += _whole_layer(place, layer, selective=False)

@@ -132,9 +132,10 @@ class Reporter(Silent):
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
         shape = config.model, facts.vocab_size, config.data.seq_length
+        predicted = config.objective.predicted(config.data.seq_length) / config.data.seq_length
         self.flops = {
-            "mfu": flops_per_token(*shape),
-            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute),
+            "mfu": flops_per_token(*shape, predicted),
+            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted),
         }
         self.peak = peak * grid.world if peak else None
 
@@ -214,12 +215,16 @@ class Reporter(Silent):
 
     def validation(self, step: int, tokens: int, result: Result) -> None:
         assert self.metrics is not None
-        fields = {"step": step, "tokens": tokens, "validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        fields = {"step": step, "tokens": tokens, "validation_loss": result.loss}
+        fields |= {f"validation_{name}": score for name, score in result.scores.items()}
+        fields |= {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
         self.metrics.write({**fields, "validation_targets": result.targets})
         if self.board is not None:
             self.board.scalars(step, fields)
         self.latest = {**self.latest, "validation_loss": result.loss}
-        self.terminal.say(f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits a byte")
+        more = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in result.scores.items()]
+        more += [] if result.bits_per_byte is None else [f"{result.bits_per_byte:.3f} bits a byte"]
+        self.terminal.say(f"step {step:,}: {', '.join([f'validation loss {result.loss:.4f}', *more])}")
 
     def text(self, step: int, text: str) -> None:
         if self.board is not None:

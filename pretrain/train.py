@@ -34,8 +34,8 @@ from pretrain.generate import Sampling, sample_text
 from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
-from pretrain.objectives.batch import Batch
-from pretrain.objectives.causal import Causal
+from pretrain.objectives.batch import Batch, MaskedBatch
+from pretrain.objectives.choice import objective_of
 from pretrain.profile import Unprofiled
 from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
@@ -49,10 +49,10 @@ class StepData(NamedTuple):
     """This rank's part of one step."""
 
     numbers: np.ndarray  # sample numbers (n,)
-    tokens: np.ndarray  # (n, S + 1)
-    batches: list[Batch]  # the same as micro-batches
+    tokens: np.ndarray  # (n, S + 1), with those of further samples behind them (n, 2 (S + 1))
+    batches: list[Batch | MaskedBatch]  # the same as micro-batches
     size: int  # sequences of the step over all ranks
-    targets: float  # targets that count, over all ranks
+    targets: list[float]  # targets of each term of the loss that count, over all ranks
     stop: bool  # some rank was asked to stop
     waited: float  # seconds for the data
 
@@ -90,9 +90,9 @@ class Run:
         self.profile = Unprofiled()
         self.folder = Path(config.run.dir)
         self.plan = Plan(config)
-        self.tokenizer = sources.train.manifests[0].tokenizer()
-        self.objective = Causal(config.objective, self.tokenizer.eos, config.run.seed)
-        self.built: Built = build(config, grid, config.model.vocab_size or sources.train.vocab_size)
+        self.tokenizer = sources.tokenizer
+        self.objective = objective_of(config, self.tokenizer, sources.vocabulary, sources.train.lanes)
+        self.built: Built = build(config, grid, sources.vocabulary.size)
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)
         self.validation = Validation(config, grid, self.objective, sources.validation) if sources.validation else None
@@ -107,7 +107,12 @@ class Run:
         """The steps from here to the schedule's end; one prefetch thread reads ahead."""
         steps = self.plan.steps_from(self.state.step)
         source = prefetch(
-            self.sources.train, steps, self.grid.data_rank, self.grid.data_size, self.config.data.prefetch
+            self.sources.train,
+            steps,
+            self.grid.data_rank,
+            self.grid.data_size,
+            self.config.data.prefetch,
+            self.objective.also,
         )
         try:
             while self.state.step < self.plan.total_steps:
@@ -126,20 +131,23 @@ class Run:
         size = self.config.batch.micro_size
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
-        ours = sum(batch.mask.numpy().sum(dtype=np.float64) for batch in made) if self.grid.reads_data else 0.0
+        counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
-        targets, stop, failed = self.grid.total_on_host(ours, self.interrupt.asked, self.saver.failed)
+        told = self.grid.total_on_host(*counted.tolist(), self.interrupt.asked, self.saver.failed)
+        *targets, stop, failed = told
         if failed:
             self.finish_saving()  # which raises
         batches = [batch.to(self.grid.device) for batch in made]
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
-        """This rank's sum of losses; gradients of the mean over all targets accumulate."""
+        """This rank's sum of losses, one a term; gradients of the terms' means over all their targets accumulate."""
         self.heartbeat.mark(self.state.step + 1, "forward-backward")
         self.built.train(True)
         # The engine averages over the replicas, so each gives their number times its part of the mean.
-        return self.built.schedule.run(data.batches, scale=self.grid.replica_size / max(data.targets, 1.0))
+        scales = [self.grid.replica_size / max(count, 1.0) for count in data.targets]
+        scale = scales[0] if len(scales) == 1 else torch.tensor(scales, device=self.grid.device)
+        return self.built.schedule.run(data.batches, scale=scale)
 
     def update(self) -> Step:
         self.heartbeat.mark(self.state.step + 1, "optimizer step")
@@ -192,12 +200,13 @@ class Run:
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         self.heartbeat.mark(self.state.step, "report")
-        total, digest = self.global_facts(data, loss)
+        losses, digest = self.global_facts(data, loss)
         self.reporter.log(
             step=self.state.step,
             tokens=self.state.samples * self.config.data.seq_length,
             samples=self.state.samples,
-            loss=total / max(data.targets, 1.0),
+            loss=sum(losses.values()),
+            **({f"{term}_loss": mean for term, mean in losses.items()} if len(losses) > 1 else {}),
             grad_norm=update.grad_norm.item(),
             learning_rate=self.plan.learning_rate(self.before.step),
             batch_size=data.size,
@@ -212,12 +221,14 @@ class Run:
                 lines = self.profile.report()
             self.reporter.say(*lines)
 
-    def global_facts(self, data: StepData, loss: torch.Tensor) -> tuple[float, str]:
-        """The step's sum of losses over all ranks, and the hash of its samples. Collective."""
-        grid = self.grid
-        total = grid.total(loss.double() if grid.reads_loss else torch.zeros_like(loss, dtype=torch.float64))
+    def global_facts(self, data: StepData, loss: torch.Tensor) -> tuple[dict[str, float], str]:
+        """The step's mean of each term of the loss over all ranks, and the hash of its samples. Collective."""
+        grid, terms = self.grid, self.objective.terms
+        nothing = torch.zeros(len(terms), dtype=torch.float64, device=grid.device)
+        total = grid.total(nothing + loss.double() if grid.reads_loss else nothing).tolist()
+        means = [one / max(count, 1.0) for one, count in zip(total, data.targets, strict=True)]
         digest = torch.tensor(batch_hash(data.numbers, data.tokens) if grid.reads_data else 0, device=grid.device)
-        return total.item(), f"{grid.total(digest).item() % 2**64:016x}"
+        return dict(zip(terms, means, strict=True)), f"{grid.total(digest).item() % 2**64:016x}"
 
     def validate(self) -> None:
         if self.validation is None:
@@ -253,7 +264,8 @@ class Run:
     def can_sample(self) -> bool:
         """A process can run all layers on one token after the other."""
         layout = self.grid.layout
-        return layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
+        alone = layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
+        return alone and self.config.model.causal
 
     @property
     def to_be_kept(self) -> bool:
@@ -364,9 +376,9 @@ class Run:
 
     def facts(self) -> Facts:
         model, stream = self.config.model, self.sources.train
-        vocab_size, length = model.vocab_size or stream.vocab_size, self.config.data.seq_length
+        vocab_size, length = self.sources.vocabulary.size, self.config.data.seq_length
         return Facts(
-            parameters=parameter_count(model, vocab_size, length),
+            parameters=parameter_count(model, vocab_size, length, self.config.objective.pairs != "none"),
             vocab_size=vocab_size,
             samples_per_epoch=stream.samples_per_epoch,
             total_steps=self.plan.total_steps,

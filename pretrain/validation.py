@@ -13,14 +13,15 @@ from parallel.grid import Grid
 from parallel.schedules import Schedule
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
-from pretrain.objectives.batch import Batch
-from pretrain.objectives.causal import Causal
+from pretrain.objectives.batch import Batch, MaskedBatch
+from pretrain.objectives.choice import Objective
 
 
 class Result(NamedTuple):
-    loss: float  # nats a target
-    bits_per_byte: float  # of the text behind the targets
-    targets: int
+    loss: float  # nats a target, the sum of the terms' means
+    bits_per_byte: float | None  # of the text behind the targets; None where these are but a part of it
+    targets: int  # of the first term
+    scores: dict[str, float]  # what else was measured: accuracies, and the terms' losses where there are several
 
 
 class Validation:
@@ -29,26 +30,24 @@ class Validation:
     Every rank runs the same number of micro-batches of the same shape; what is missing in the last ones is masked.
     """
 
-    def __init__(self, config: Config, grid: Grid, objective: Causal, stream: Stream) -> None:
+    def __init__(self, config: Config, grid: Grid, objective: Objective, stream: Stream) -> None:
         self.config, self.grid, self.objective, self.stream = config, grid, objective, stream
         wanted = config.monitor.validation_samples
         self.samples = min(wanted or stream.samples_per_epoch, stream.samples_per_epoch)
 
     def run(self, schedule: Schedule) -> Result:
-        loss = torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        targets = torch.zeros_like(loss)
+        """`schedule` drives stages that are not training."""
+        terms = self.objective.terms
+        sums = torch.zeros(self.objective.num_sums, dtype=torch.float64, device=self.grid.device)
+        counts = torch.zeros(len(terms), dtype=torch.float64, device=self.grid.device)
         for batches in self._groups():
-            loss += schedule.run(batches, scale=1.0, forward_only=True).double()
-            targets += sum(batch.mask.sum(dtype=torch.float64) for batch in batches)
-        nothing = torch.zeros_like(loss)
-        ours = torch.stack([loss if self.grid.reads_loss else nothing, targets if self.grid.reads_data else nothing])
-        total, count = self.grid.total(ours).tolist()
-        manifest = self.stream.manifests[0]
-        tokens_per_byte = manifest.tokens / max(manifest.text_bytes, 1)
-        mean = total / max(count, 1.0)
-        return Result(mean, mean / math.log(2) * tokens_per_byte, int(count))
+            sums += schedule.run(batches, scale=1.0, forward_only=True).double()
+            counts += torch.stack([batch.counts() for batch in batches]).sum(dim=0)
+        ours = [sums * self.grid.reads_loss, counts * self.grid.reads_data]
+        total, count = self.grid.total(torch.cat(ours)).split([len(sums), len(counts)])
+        return result_of(self.objective, total.tolist(), count.tolist(), self.stream)
 
-    def _groups(self) -> Iterator[list[Batch]]:
+    def _groups(self) -> Iterator[list[Batch | MaskedBatch]]:
         """This rank's micro-batches, in groups as a pipeline takes them."""
         micro, ranks, stages = self.config.batch.micro_size, self.grid.data_size, self.grid.layout.pipeline
         rounds = -(-self.samples // (micro * ranks * stages)) * stages
@@ -56,11 +55,24 @@ class Validation:
         for first in range(0, rounds, stages):
             yield [self._batch(start, micro) for start in starts[first : first + stages]]
 
-    def _batch(self, start: int, size: int) -> Batch:
+    def _batch(self, start: int, size: int) -> Batch | MaskedBatch:
         """Samples start : start + size, those past the end repeated from the first but masked."""
         numbers = np.arange(start, start + size)
         past = numbers >= self.samples
         known = np.where(past, 0, numbers)
-        batch = self.objective(torch.from_numpy(known), torch.from_numpy(self.stream.read(known)))
-        mask = batch.mask * torch.from_numpy(~past).to(batch.mask.dtype)[:, None]
-        return batch._replace(mask=mask).to(self.grid.device)
+        batch = self.objective(torch.from_numpy(known), torch.from_numpy(self.stream.read(known, self.objective.also)))
+        return batch.without(torch.from_numpy(past)).to(self.grid.device)
+
+
+def result_of(objective: Objective, sums: list[float], counts: list[float], stream: Stream | None) -> Result:
+    """sums: of the terms' losses, then of how many of each are right; counts: the terms' targets; stream: whose every token
+    is a target."""
+    means = [one / max(count, 1.0) for one, count in zip(sums, [*counts, *counts], strict=False)]
+    terms, loss = objective.terms, sum(means[: len(objective.terms)])
+    if objective.num_sums == 1 and stream is not None:
+        manifest = stream.manifests[0]
+        tokens_per_byte = manifest.tokens / max(manifest.text_bytes, 1)
+        return Result(loss, loss / math.log(2) * tokens_per_byte, int(counts[0]), {})
+    scores = {f"{name}_accuracy": mean for name, mean in zip(terms, means[len(terms) :], strict=True)}
+    losses = {f"{name}_loss": mean for name, mean in zip(terms, means, strict=False)} if len(terms) > 1 else {}
+    return Result(loss, None, int(counts[0]), {**losses, **scores})

@@ -45,9 +45,9 @@ def trace(config: Config, steps: int) -> Trace:
         update = run.engine.step(run.learning_rate())
         norm = update.grad_norm.item()
         run.advance(data, update)
-        total, digest = run.global_facts(data, loss)
+        losses, digest = run.global_facts(data, loss)
         moments = sketches(run.engine, grid, "exp_avg")
-        found.losses.append(total / max(data.targets, 1.0))
+        found.losses.append(sum(losses.values()))
         found.norms.append(norm)
         found.hashes.append(digest)
         # Adam's first moment is a running mean of the clipped gradients, m' = beta m + (1 - beta) g, and sketches are

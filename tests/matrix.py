@@ -49,6 +49,8 @@ MODELS = {
     "objective.attention_across_documents=false",
     "gpt2": "model.positions=learned model.activation=gelu-tanh objective.attention_across_documents=false",
     "untied": "model.positions=alibi model.norm=rms model.activation=geglu model.tie_embeddings=false",
+    "bert": "model.kind=bert model.norm_position=post objective.kind=masked objective.loss_across_documents=true "
+    "objective.pairs=next",
     "2017": "model.positions=sinusoidal model.norm_position=post model.activation=relu model.attention_window=[null,8]",
 }
 AXES: dict[str, tuple[str, ...]] = {

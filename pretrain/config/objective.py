@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Literal
 
+from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
+
+KINDS = {"causal": "gpt", "masked": "bert"}  # objective -> the model that it trains
+OF_KIND = {
+    "causal": ("loss_across_documents",),
+    "masked": ("mask_rate", "masking", "mask_share", "random_share", "span_probability", "span_limit", "pairs"),
+}
 
 
 class ObjectiveConfig(Section):
     """The training objective."""
 
-    kind: Literal["causal"] = meaning("causal", "causal: each position predicts the next token")
+    kind: Literal["causal", "masked"] = meaning(
+        "causal",
+        "causal: each position predicts the next token; masked: those hidden are predicted from both sides (BERT)",
+    )
     loss_across_documents: bool = meaning(
-        True, "whether a document's first token, predicted from the one before, counts"
+        True, "causal: whether a document's first token, predicted from the one before, counts"
     )
     attention_across_documents: bool = meaning(
         True,
         "whether a token sees the documents before its own in the sequence; if not, positions begin anew with each",
+    )
+    mask_rate: float = meaning(0.15, "masked: share of a sequence's tokens that are predicted", gt=0, lt=1)
+    masking: Literal["token", "word", "span"] = meaning(
+        "token", "masked: token, word (all pieces of a word together) or span (of tokens, SpanBERT's lengths)"
+    )
+    mask_share: float = meaning(0.8, "masked: share of those that are replaced by the mask", ge=0, le=1)
+    random_share: float = meaning(
+        0.1, "masked: share of those that are replaced by any token; the rest stay", ge=0, le=1
+    )
+    span_probability: float = meaning(0.2, "masked, span: p of the geometric distribution of lengths", gt=0, lt=1)
+    span_limit: int = meaning(10, "masked, span: the longest, in tokens", ge=1)
+    pairs: Literal["none", "next", "order"] = meaning(
+        "none", "masked: predict of two segments whether the second follows (next, BERT) or they are swapped (order)"
     )
     label_smoothing: float = meaning(
         0.0, "share of each target that is spread over the whole vocabulary; in training alone", ge=0, lt=1
@@ -24,3 +49,28 @@ class ObjectiveConfig(Section):
     z_loss: float = meaning(
         0.0, "factor of each target's squared logarithm of the softmax's denominator; in training alone", ge=0
     )
+
+    def predicted(self, length: int) -> int:
+        """The most places of a sequence of `length` that are predicted."""
+        return length if self.kind == "causal" else max(1, math.ceil(self.mask_rate * length))
+
+    def problems(self) -> Iterator[Problem]:
+        for kind, names in OF_KIND.items():
+            for name in names if kind != self.kind else ():
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    yield Problem(
+                        name, f"{value} has no effect with kind: {self.kind}", f"remove it, or set kind: {kind}"
+                    )
+        if self.mask_share + self.random_share > 1:
+            found = f"{self.mask_share} and random_share {self.random_share} are more than 1 together"
+            yield Problem("mask_share", found, "BERT's are 0.8 and 0.1")
+        if self.masking != "span":
+            for name in ("span_probability", "span_limit"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield Problem(
+                        name, f"has no effect with masking: {self.masking}", "remove it, or set masking: span"
+                    )
+        if self.pairs != "none" and not self.attention_across_documents:
+            found = "false would keep the segments of a pair apart"
+            yield Problem("attention_across_documents", found, "set it true, or pairs: none")

@@ -12,7 +12,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.kernels import KernelsConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.monitoring import MonitorConfig
-from pretrain.config.objective import ObjectiveConfig
+from pretrain.config.objective import KINDS, ObjectiveConfig
 from pretrain.config.section import Section, meaning
 from pretrain.config.training import (
     BatchConfig,
@@ -22,6 +22,8 @@ from pretrain.config.training import (
     RunConfig,
     ScheduleConfig,
 )
+
+LEAST_MASKED = 8  # tokens of a sequence
 
 
 class Config(Section):
@@ -41,7 +43,20 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
+    def _kind_problems(self) -> Iterator[Problem]:
+        model, objective = self.model.kind, self.objective.kind
+        if KINDS[objective] != model:
+            fitting = next(kind for kind, trained in KINDS.items() if trained == model)
+            mend = f"set model.kind: {KINDS[objective]}, or objective.kind: {fitting}"
+            yield Problem("objective.kind", f"{objective} does not train a {model}", mend)
+        if self.monitor.sample_every is not None and not self.model.causal:
+            yield Problem("monitor.sample_every", f"a {model} writes no text", "remove it")
+        if objective == "masked" and self.data.seq_length < LEAST_MASKED:
+            found = f"{self.data.seq_length} leaves no room beside [CLS] and [SEP]"
+            yield Problem("data.seq_length", found, f"give at least {LEAST_MASKED}")
+
     def problems(self) -> Iterator[Problem]:
+        yield from self._kind_problems()
         monitor, limit = self.monitor, self.model.max_positions
         if limit is not None and limit < self.data.seq_length:
             message = f"{self.data.seq_length} is longer than model.max_positions {limit}"

@@ -16,7 +16,7 @@ import numpy as np
 from pretrain.data.order import rank_numbers
 
 if TYPE_CHECKING:
-    from pretrain.data.stream import Stream
+    from pretrain.data.stream import Also, Stream
 
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # numbers (B,), tokens (B, T + 1), both int64
 Item = tuple[Batch | None, BaseException | None]
@@ -92,9 +92,16 @@ def _work(
         ready.put((None, error))
 
 
-def prefetch(stream: Stream, plan: Iterator[tuple[int, int]], rank: int, world: int, depth: int = 2) -> Prefetch:
+def prefetch(
+    stream: Stream,
+    plan: Iterator[tuple[int, int]],
+    rank: int,
+    world: int,
+    depth: int = 2,
+    also: Also | None = None,
+) -> Prefetch:
     """Batches of one data-parallel rank: for each (first sample number, global batch size) of the plan, its numbers
-    (B,) and tokens (B, T + 1)."""
+    (B,) and tokens (B, T + 1), behind which are those of the samples that `also` names (`Stream.read`)."""
     from webdataset.pipeline import DataPipeline
 
     def positions() -> Iterator[tuple[int, int]]:
@@ -106,11 +113,12 @@ def prefetch(stream: Stream, plan: Iterator[tuple[int, int]], rank: int, world: 
 
     def tokens(source: Iterator[list[np.ndarray[Any, Any]]]) -> Iterator[Batch]:
         for batches in source:
-            sources, samples = stream.order.locate(np.concatenate(batches))
-            ends = np.cumsum([len(mine) for mine in batches])
-            for mine, end in zip(batches, ends, strict=True):
-                part = slice(end - len(mine), end)
-                yield mine, stream.gather(sources[part], samples[part])
+            wanted = batches if also is None else [np.concatenate([mine, also(mine)]) for mine in batches]
+            sources, samples = stream.order.locate(np.concatenate(wanted))
+            ends = np.cumsum([len(numbers) for numbers in wanted])
+            for mine, numbers, end in zip(batches, wanted, ends, strict=True):
+                part = slice(end - len(numbers), end)
+                yield mine, np.hstack(np.split(stream.gather(sources[part], samples[part]), len(numbers) // len(mine)))
 
     stages: list[Callable[..., Iterator[Any]]] = [positions, numbers, _groups, tokens]
     return Prefetch(DataPipeline(*stages), depth)

@@ -9,12 +9,16 @@ from functools import cached_property
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
+from pretrain.tokenizer import Tokenizer
+from pretrain.vocabulary import Vocabulary, vocabulary_of
 
 
 @dataclass(frozen=True)
 class Sources:
     train: Stream
     validation: Stream | None
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
 
     @classmethod
     def open(cls, config: Config) -> Sources:
@@ -25,13 +29,8 @@ class Sources:
         if data.validation is not None:
             validation = Stream([data.validation], data.seq_length, seed, shuffle=False)
             _check_tokenizers(train, validation)
-        wanted = config.model.vocab_size
-        if wanted is not None and wanted < train.vocab_size:
-            raise UserError(
-                f"model.vocab_size: {wanted} rows are too few for the {train.vocab_size} ids of {data.train_folders[0]}; "
-                "give more, or null to take the tokenizer's"
-            )
-        return cls(train, validation)
+        tokenizer = train.manifests[0].tokenizer()
+        return cls(train, validation, tokenizer, vocabulary_of(config, tokenizer))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import bisect
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pretrain.errors import UserError
 __all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
+Also = Callable[[Integers], Integers]
 
 
 class Stream:
@@ -91,9 +92,11 @@ class Stream:
         """SHA-256 of the recipe: everything that decides which tokens a sample number has."""
         return hashlib.sha256(canonical(self.recipe)).hexdigest()
 
-    def read(self, numbers: Integers) -> Integers:
-        """Tokens of sample numbers (B,): (B, seq_length + 1) int64. Raises UserError naming a bad shard and chunk."""
-        return self.gather(*self.order.locate(numbers))
+    def read(self, numbers: Integers, also: Also | None = None) -> Integers:
+        """Tokens of sample numbers (B,): (B, seq_length + 1) int64; where `also` names further samples for them, theirs
+        behind them, (B, 2 (seq_length + 1)). Raises UserError naming a bad shard and chunk."""
+        tokens = self.gather(*self.order.locate(numbers))
+        return tokens if also is None else np.hstack([tokens, self.read(also(numbers))])
 
     def gather(self, sources: Integers, samples: Integers) -> Integers:
         """Tokens of samples (B,) as `order.locate` gives them: (B, seq_length + 1) int64. Raises as `read` does."""

@@ -1,15 +1,19 @@
-"""What an objective makes of token ids: the tensors of one micro-batch."""
+"""What an objective makes of token ids: the tensors of one micro-batch, as its model's `forward` takes them.
+
+Of every batch the loop asks three things: `counts`, the targets of each term of the loss; `without`, the same with some
+samples counting nothing; and `to`, the same on a device. The first tensor is (B, S).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """B sequences of S positions."""
+    """B sequences of S positions, each of which predicts the next."""
 
     inputs: Tensor  # (B, S) int64 ids
     targets: Tensor  # (B, S) int64 ids; what each position predicts
@@ -19,5 +23,40 @@ class Batch(NamedTuple):
         None  # (B, S) int32 numbers of the documents; a position sees its own only. None: it sees all
     )
 
-    def to(self, device: torch.device) -> Batch:
+    def counts(self) -> Tensor:
+        """(1,) float64."""
+        return self.mask.sum(dtype=torch.float64)[None]
+
+    def without(self, gone: Tensor) -> Self:
+        """gone (B,) bool."""
+        return self._replace(mask=self.mask * ~gone[:, None])
+
+    def to(self, device: torch.device) -> Self:
+        return self._replace(**{name: held.to(device) for name, held in self._asdict().items() if held is not None})
+
+
+class MaskedBatch(NamedTuple):
+    """B sequences of S positions, of which up to P are predicted; `pretrain.models.bert` takes it."""
+
+    inputs: Tensor  # (B, S) int64 ids
+    targets: Tensor  # (B, P) int64 ids
+    mask: Tensor  # (B, P) float32: 1 where there is a target
+    sample_keys: Tensor  # (B,) int32
+    documents: Tensor | None  # (B, S) int32
+    segments: Tensor  # (B, S) int64: 0 in the first segment, 1 in the second
+    places: Tensor  # (B, P) int64 places of the targets; 0 where there is none
+    labels: Tensor | None = None  # (B,) int64: 1 where the second segment does not follow the first
+    labelled: Tensor | None = None  # (B,) float32: 1 where the label counts
+
+    def counts(self) -> Tensor:
+        """(1,) or with labels (2,) float64."""
+        counted = [self.mask] if self.labelled is None else [self.mask, self.labelled]
+        return torch.stack([mask.sum(dtype=torch.float64) for mask in counted])
+
+    def without(self, gone: Tensor) -> Self:
+        """gone (B,) bool."""
+        labelled = None if self.labelled is None else self.labelled * ~gone
+        return self._replace(mask=self.mask * ~gone[:, None], labelled=labelled)
+
+    def to(self, device: torch.device) -> Self:
         return self._replace(**{name: held.to(device) for name, held in self._asdict().items() if held is not None})

@@ -26,9 +26,13 @@ class CausalConfig(Protocol):
 class Causal:
     """Makes a micro-batch: a pure function of sample numbers, their tokens, the seed and the configuration."""
 
+    terms = ("loss",)  # of the loss, each the mean over its own targets
+    num_sums = 1  # that the model gives while it is validated
+
     def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
         self.loss_across, self.attention_across = config.loss_across_documents, config.attention_across_documents
         self.eos, self.seed = eos, seed
+        self.also = None  # a sample's own tokens are enough
 
     def __call__(self, numbers: Tensor, tokens: Tensor) -> Batch:
         """numbers (B,) int64; tokens (B, S + 1) int64. Inputs are the first S, targets the last S of each row."""

@@ -149,7 +149,7 @@ def test_a_shipped_config_loads_and_fits_the_processes_that_it_names(path: Path)
 @pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
 def test_a_shipped_config_writes_to_a_folder_of_its_own_and_shows_all_its_sections(path: Path) -> None:
     config = load_config(path)
-    assert config.run.dir == f"runs/{path.stem}"
+    assert config.run.dir == f"runs/{path.stem if path.parent.name == 'gpt' else f'{path.parent.name}-{path.stem}'}"
     written = yaml.parse(path.read_text())
     assert set(written) == set(type(config).model_fields), "a reader sees every section"
 

@@ -336,4 +336,4 @@ def script_validations(*losses: float) -> None:
     from pretrain.validation import Result, Validation
 
     found = iter(losses)
-    Validation.run = lambda self, schedule: Result(next(found), 1.0, 1)  # type: ignore[method-assign]
+    Validation.run = lambda self, schedule: Result(next(found), 1.0, 1, {})  # type: ignore[method-assign]

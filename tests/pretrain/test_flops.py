@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.layers import ContextAxis, Parts, TensorAxis
 from pretrain.config.model import ModelConfig, parameter_count
 from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops, visible_pairs
+from pretrain.models.bert import BERT
 from pretrain.models.gpt import GPT
 
 GPT2 = ModelConfig(num_layers=12, hidden_size=768, num_heads=12)
@@ -75,13 +76,30 @@ def test_recomputation_is_counted_but_for_the_last_product_which_torch_leaves_ou
     assert hardware("full") == pytest.approx(made_again + down)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 65])
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 64, 100])
-def test_visible_pairs_are_those_of_the_mask(length: int, window: int | None) -> None:
+def test_visible_pairs_are_those_of_the_mask(length: int, window: int | None, causal: bool) -> None:
     places = torch.arange(length)
     distance = places[:, None] - places[None, :]
-    mask = (distance >= 0) & (distance < (window or length))
-    assert visible_pairs(length, window) == int(mask.sum())
+    mask = (distance.abs() < (window or length)) & ((distance >= 0) | (not causal))
+    assert visible_pairs(length, window, causal) == int(mask.sum())
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_an_encoders_products_are_those_that_a_real_model_makes(pairs: bool) -> None:
+    """The pairs' head is left out: two products of one position a sequence."""
+    model = small("untied").model_copy(update={"kind": "bert"})
+    bert, (rows, length, places) = BERT(model, Parts(), 512, 48, pairs=pairs), (2, 48, 8)
+    for parameter in bert.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    ids, targets, ones = torch.zeros(rows, length).long(), torch.zeros(rows, places).long(), torch.ones(rows)
+    arguments = (ids, targets, torch.ones(rows, places), None, None, ids, targets, targets[:, 0], ones)
+    with FlopCounterMode(display=False) as counter:
+        bert(*arguments).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    left_out = 6 * rows * 32 * (32 + 2) if pairs else 0
+    assert flops_per_token(model, 512, length, places / length) * rows * length == sum(counts.values()) - left_out
 
 
 def test_gpt2_small_matches_a_count_by_hand() -> None:

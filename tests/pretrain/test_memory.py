@@ -16,16 +16,17 @@ from parallel.schedules import Schedule
 from parallel.stages import Cut, Stage, cuts
 from parallel.zero import make_engine
 from pretrain import memory
-from pretrain.build import build, optimizer_options, stage_layers
+from pretrain.build import Model, build, make_model, optimizer_options, stage_layers
 from pretrain.config.run import Config
-from pretrain.models.gpt import GPT
-from pretrain.objectives.batch import Batch
+from pretrain.objectives.batch import Batch, MaskedBatch
 from pretrain.objectives.causal import Causal
+from pretrain.objectives.masked import Masked, Symbols
 from tests.distributed import run_ranks
 
 VOCABULARY = 300
 MARK = "the step that counts"
 BASE: dict[str, Any] = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "biases": False}
+ORDER = {"kind": "masked", "pairs": "order"}
 LLAMA = {**BASE, "positions": "rope", "norm": "rms", "activation": "swiglu", "num_kv_heads": 2}
 GPT2 = {**BASE, "positions": "learned", "norm": "layer", "activation": "gelu-tanh", "biases": True}
 MODELS = {
@@ -36,6 +37,8 @@ MODELS = {
     "window": {**GPT2, "attention_window": 32},
     "alibi": {**LLAMA, "positions": "alibi"},
     "post": {**GPT2, "norm_position": "post", "tie_embeddings": False},
+    "bert": {**GPT2, "kind": "bert", "norm_position": "post", "dropout": 0.1},
+    "bert window": {**GPT2, "kind": "bert", "attention_window": 32},
 }
 
 
@@ -45,7 +48,7 @@ def config_of(
     return Config.model_validate(
         {
             "version": 1,
-            "objective": {"attention_across_documents": across},
+            "objective": {"attention_across_documents": across, **(ORDER if model.get("kind") == "bert" else {})},
             "model": model,
             "data": {"train": "shards", "seq_length": 256},
             "batch": {"size": 4, "micro_size": micro},
@@ -61,19 +64,21 @@ def whole(config: Config) -> memory.Place:
     return memory.Place(config, Layout(), VOCABULARY, (layers,), first=True, last=True, stage=0)
 
 
-def gpt(config: Config) -> GPT:
-    model = GPT(config.model, Parts(), VOCABULARY, config.data.seq_length, recompute=config.parallel.recompute)
+def model_of(config: Config) -> Model:
+    model = make_model(config, Parts(), VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model.to(torch.bfloat16 if config.precision.compute == "bf16" else torch.float32)
 
 
-def batch_of(config: Config) -> Batch:
+def batch_of(config: Config) -> Batch | MaskedBatch:
     rows, length = config.batch.micro_size, config.data.seq_length
     ids = torch.arange(rows * (length + 1)).view(rows, length + 1) % VOCABULARY
     numbers = torch.arange(rows)
-    objective = Causal(config.objective, eos=7, seed=1)
-    return objective(numbers, ids)
+    if config.model.causal:
+        return Causal(config.objective, eos=7, seed=1)(numbers, ids)
+    no, text = torch.zeros(VOCABULARY, dtype=torch.bool), torch.arange(10, VOCABULARY)
+    return Masked(config.objective, Symbols(1, 2, 3, 7, text, no, no, no), seed=1, lanes=1)(numbers, ids)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -86,9 +91,7 @@ def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
     for stage in range(2):
         cut: Cut = cuts(layers, 2, stage)[0]
         with torch.device("meta"):
-            model = GPT(
-                config.model, Parts(TensorAxis(tensor, 0)), VOCABULARY, 256, cut.layers, first=cut.first, last=cut.last
-            )
+            model = make_model(config, Parts(TensorAxis(tensor, 0)), VOCABULARY, cut.layers, cut.first, cut.last)
         place = memory._place(config, Layout(tensor=tensor, pipeline=2), layers, VOCABULARY, stage)
         assert memory.parameters(place) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -118,9 +121,9 @@ def test_a_recomputed_layer_keeps_what_autograd_saves(recompute: str) -> None:
 
 def saved_bytes(config: Config) -> int:
     """Bytes alive after a forward pass that were not before it, by the allocator."""
-    model, batch = gpt(config), batch_of(config)
+    model, batch = model_of(config), batch_of(config)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = model(*batch)
+        loss = model(*batch).sum()
     held = alive(profiler)[-1]
     assert loss.requires_grad
     return held
@@ -157,6 +160,8 @@ def alive(profiler: Any) -> list[int]:
         ("gpt2", "fp32", 1, "full"),
         ("dropout", "fp32", 2, "selective"),
         ("window", "bf16", 1, "none"),
+        ("bert", "fp32", 2, "none"),
+        ("bert window", "bf16", 2, "none"),
     ],
 )
 def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int, recompute: Any) -> None:
@@ -166,7 +171,7 @@ def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int
     config = config_of(MODELS[model], compute, micro, recompute=recompute)
     grid = Grid(Layout(), 0, 1, torch.device("cpu"), TensorAxis(), ContextAxis(), 0, 0, 0, None, None, None, None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stage = Stage(gpt(config), Cut(range(3), first=True, last=True))
+        stage = Stage(model_of(config), Cut(range(3), first=True, last=True))
         engine = make_engine([stage], grid, optimizer_options(config), None)
         schedule = Schedule(engine.modules, grid, config.model.hidden_size, torch.float32)
         for _ in range(2):

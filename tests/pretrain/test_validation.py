@@ -21,7 +21,7 @@ def validate(config_path: str, overrides: list[str]) -> tuple[float, float, int]
     """This rank's view of the whole result, by the run's own validation at its initial weights."""
     run = _run(config_path, overrides)
     run.built.train(False)
-    result: tuple[float, float, int] = tuple(run.validation.run(run.built.schedule))
+    result: tuple[float, float, int] = tuple(run.validation.run(run.built.schedule)[:3])
     return result
 
 
