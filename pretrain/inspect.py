@@ -15,8 +15,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.metrics import read_metrics
-from pretrain.runs import CONFIG, TOKENIZER, run_config
-from pretrain.tokenizer import Tokenizer
+from pretrain.runs import CONFIG, run_config, run_tokenizer
 
 
 def main(args: Namespace) -> int:
@@ -79,7 +78,7 @@ def _sample(path: Path, args: Namespace, console: Console) -> None:
 def _run(path: Path, console: Console) -> int:
     from pretrain import checkpoint  # imports torch, which shards do without
 
-    config, tokenizer = run_config(path), Tokenizer.load(path / TOKENIZER)
+    config, tokenizer = run_config(path), run_tokenizer(path)
     count = parameter_count(config.model, config.model.vocab_size or tokenizer.vocab_size, config.data.seq_length)
     console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")
     table = Table("step", "validation loss", "size", "written by", "hashes")

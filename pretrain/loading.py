@@ -13,8 +13,8 @@ from pretrain.build import DTYPES
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.models.gpt import GPT
-from pretrain.runs import run_config
-from pretrain.tokenizer import Tokenizer
+from pretrain.runs import run_config, run_tokenizer
+from pretrain.tokenization.base import Tokenizer
 
 
 class Loaded(NamedTuple):
@@ -28,7 +28,7 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     """The model of a run's newest whole checkpoint, or of one step's, with its tokenizer."""
     settle()
     config = run_config(run)
-    tokenizer = Tokenizer.load(run / "tokenizer.model")
+    tokenizer = run_tokenizer(run)
     found = _find(run, step)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     model = GPT(config.model, Parts(), vocab_size, config.data.seq_length)
