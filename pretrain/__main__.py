@@ -203,7 +203,11 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the tokenizer that is trained (default: 8192, or what the text supports)",
     )
-    command.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece .model to use instead of training one")
+    command.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="to use instead of training one: a SentencePiece .model, or Hugging Face's tokenizer.json, vocab.txt or folder",
+    )
     command.add_argument("--model-type", choices=("bpe", "unigram"), help="kind of tokenizer to train (default: bpe)")
     command.add_argument("--user-symbols", nargs="+", metavar="TEXT", help="strings that always are one token")
     command.add_argument(

@@ -15,7 +15,7 @@ from kernels import noise
 from pretrain.errors import UserError
 from pretrain.loading import load_model
 from pretrain.models.gpt import GPT
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 
 
 class Sampling(NamedTuple):

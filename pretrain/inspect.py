@@ -15,8 +15,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.metrics import read_metrics
-from pretrain.runs import CONFIG, TOKENIZER, run_config
-from pretrain.tokenizer import Tokenizer
+from pretrain.runs import CONFIG, run_config, run_tokenizer
 from pretrain.vocabulary import vocabulary_of
 
 
@@ -80,7 +79,7 @@ def _sample(path: Path, args: Namespace, console: Console) -> None:
 def _run(path: Path, console: Console) -> int:
     from pretrain import checkpoint  # imports torch, which shards do without
 
-    config, tokenizer = run_config(path), Tokenizer.load(path / TOKENIZER)
+    config, tokenizer = run_config(path), run_tokenizer(path)
     shape = config.model, vocabulary_of(config, tokenizer).size, config.data.seq_length
     count = parameter_count(*shape, pairs=config.objective.pairs != "none")
     console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")

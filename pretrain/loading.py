@@ -12,8 +12,8 @@ from pretrain import checkpoint
 from pretrain.build import DTYPES, Model, make_model
 from pretrain.config.run import Config
 from pretrain.errors import UserError
-from pretrain.runs import run_config
-from pretrain.tokenizer import Tokenizer
+from pretrain.runs import run_config, run_tokenizer
+from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import vocabulary_of
 
 
@@ -28,7 +28,7 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     """The model of a run's newest whole checkpoint, or of one step's, with its tokenizer."""
     settle()
     config = run_config(run)
-    tokenizer = Tokenizer.load(run / "tokenizer.model")
+    tokenizer = run_tokenizer(run)
     found = _find(run, step)
     model = make_model(config, Parts(), vocabulary_of(config, tokenizer).size)
     checkpoint.load_weights(found, model)

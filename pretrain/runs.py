@@ -13,13 +13,14 @@ from parallel.layout import layout_problems
 from pretrain.config.load import dump_config, load_config, problem_error, resume_problems, shapes_of
 from pretrain.config.run import Config
 from pretrain.errors import UserError
+from pretrain.tokenization.foreign import FILES, load_tokenizer
 
 if TYPE_CHECKING:
     from parallel.grid import Grid
     from pretrain.data.sources import Sources
+    from pretrain.tokenization.base import Tokenizer
 
 CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.model"
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -54,10 +55,11 @@ def _foreign(folder: Path) -> bool:
     """Whether there is something that is not ours, which a run must not write into."""
     if not folder.is_dir():
         return folder.exists()
-    if (folder / CONFIG).is_file() and ((folder / TOKENIZER).is_file() or (folder / CHECKPOINTS).is_dir()):
+    has_tokenizer = any((folder / name).is_file() for name in FILES)
+    if (folder / CONFIG).is_file() and (has_tokenizer or (folder / CHECKPOINTS).is_dir()):
         return False
     # The launcher opens logs/ before the run begins, and one that was killed as it began has left no more than the rest.
-    ours = ("logs", TOKENIZER, _partial(folder / TOKENIZER).name, _partial(folder / CONFIG).name)
+    ours = {"logs", *FILES, *(_partial(folder / name).name for name in (*FILES, CONFIG))}
     return any(path.name not in ours for path in folder.iterdir())
 
 
@@ -68,12 +70,20 @@ def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
     if grid.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(folder / TOKENIZER, sources.train.manifests[0].tokenizer().model)
+            keep_tokenizer(folder, sources.tokenizer)
             _write_whole(folder / CONFIG, dump_config(config).encode())
         except OSError as error:
             problem = f"run.dir: {folder} cannot be written: {error}"
     if problem := grid.from_first(problem):
         raise UserError(problem)
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """The one tokenizer of the folder: another's file, of a run that never had a checkpoint, goes."""
+    _write_whole(folder / tokenizer.file, tokenizer.content)
+    for name in FILES:
+        if name != tokenizer.file:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -98,6 +108,12 @@ def about(grid: Grid, data: str, kernels: str) -> dict[str, Any]:
         "kernels": kernels,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def run_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer that a run's folder keeps. Raises UserError if it has none, or it was spoiled."""
+    found = [name for name in FILES if (run / name).is_file()]
+    return load_tokenizer(run / (found or FILES)[0])
 
 
 def run_config(run: Path) -> Config:

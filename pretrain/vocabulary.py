@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pretrain.config.run import Config
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 
 NEEDED = {"causal": (), "masked": ("mask", "cls", "sep")}
 

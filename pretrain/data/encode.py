@@ -22,7 +22,8 @@ import numpy as np
 from pretrain.data.documents import Document
 from pretrain.data.shards import dtype_of
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import open_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -59,7 +60,9 @@ class Encoder:
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(processes, context, _start, (tokenizer.model, os.getpid()))
+            self._pool = ProcessPoolExecutor(
+                processes, context, _start, (tokenizer.file, tokenizer.content, os.getpid())
+            )
             self._pool.submit(os.getpid).result()
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[tuple[list[Document], Encoded]]:
@@ -103,11 +106,11 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _start(model: bytes, parent: int) -> None:
+def _start(file: str, content: bytes, parent: int) -> None:
     """A worker's start: its tokenizer, and a watch that ends it when the main process was killed. Ctrl-C is the main
     process's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.append(Tokenizer(model))
+    _worker.append(open_tokenizer(file, content))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,7 +1,7 @@
 """A source's manifest: what its shards hold, with counts and SHA-256 of everything.
 
     FOLDER/manifest.json      canonical JSON; its SHA-256 is the source's fingerprint
-    FOLDER/tokenizer.model    the tokenizer of its ids
+    FOLDER/tokenizer.model    the tokenizer of its ids, or tokenizer.json
     FOLDER/shard-00000.tar    chunks of tokens, see `pretrain.data.shards`
     FOLDER/shard-00000.sha256 the SHA-256 of every chunk of that shard, 32 bytes each
 
@@ -23,12 +23,14 @@ import numpy as np
 
 from pretrain.data import shards as layout
 from pretrain.errors import UserError
-from pretrain.tokenizer import MAX_MODEL_BYTES, Tokenizer
+from pretrain.tokenization.base import MAX_BYTES as MAX_TOKENIZER_BYTES
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import FILES, load_tokenizer
 
 FORMAT = "pretrain tokens"
-VERSION = 1
+VERSION = 2
 NAME = "manifest.json"
-TOKENIZER = "tokenizer.model"
+FILE_OF_VERSION_1 = "tokenizer.model"  # which knew no other
 MAX_BYTES = 32 << 20  # ten trillion tokens are 37,000 shards: 13 MB
 MAX_SHARDS = 1 << 17
 MAX_TOKENS_PER_CHUNK = 1 << 24
@@ -59,12 +61,14 @@ class Manifest:
     dtype: np.dtype[Any]  # little-endian uint16 or uint32
     tokens_per_chunk: int  # without the one look-ahead token
     vocab_size: int
+    tokenizer_file: str
     tokenizer_sha256: str
     special: dict[str, int]
     documents: int
     tokens: int
     text_bytes: int
     shards: tuple[Shard, ...]
+    version: int = VERSION  # of the format that it was written in
 
     @property
     def eos(self) -> int:
@@ -73,7 +77,7 @@ class Manifest:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / TOKENIZER
+        return self.folder / self.tokenizer_file
 
     @property
     def chunks(self) -> int:
@@ -86,7 +90,7 @@ class Manifest:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the shards. Raises UserError if its ids are not those that the manifest tells of."""
-        tokenizer = Tokenizer.load(self.tokenizer_path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
         if (tokenizer.vocab_size, tokenizer.special) != (self.vocab_size, self.special):
             raise UserError(
                 f"{self.folder / NAME} was edited: its vocabulary and special ids are not those of "
@@ -145,13 +149,15 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
     value = json.loads(raw)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"it does not say that its format is {FORMAT!r}")
-    if value.get("version") != VERSION:
-        raise UserError(f"{folder / NAME} has version {value.get('version')}; this program reads version {VERSION}.")
+    version = value.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise UserError(f"{folder / NAME} has version {version}; this program reads versions 1 to {VERSION}.")
     if canonical(value) != raw:
         raise ValueError("it was edited: it is not in canonical form")
     tokenizer, special = value["tokenizer"], value["special"]
     vocab_size = _integer(value, "vocab_size", 1, 1 << 31)
-    if set(tokenizer) != {"sha256"} or not all(isinstance(name, str) for name in special):
+    file = FILE_OF_VERSION_1 if version == 1 else tokenizer["file"]
+    if file not in FILES or not all(isinstance(name, str) for name in special):
         raise ValueError("tokenizer or special ids")
     manifest = Manifest(
         folder=folder,
@@ -159,12 +165,14 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
         dtype=layout.dtype_of(vocab_size),
         tokens_per_chunk=_integer(value, "tokens_per_chunk", 1, MAX_TOKENS_PER_CHUNK),
         vocab_size=vocab_size,
+        tokenizer_file=file,
         tokenizer_sha256=_hash(tokenizer, "sha256"),
         special={name: _integer(special, name, 0, vocab_size - 1) for name in special},
         documents=_integer(value, "documents", 1, MAX_TOKENS),
         tokens=_integer(value, "tokens", 2, MAX_TOKENS),
         text_bytes=_integer(value, "text_bytes", 0, MAX_TOKENS),
         shards=tuple(_shard(item) for item in value["shards"]),
+        version=version,
     )
     if "eos" not in manifest.special or canonical(describe(manifest)) != raw:  # bytes: true would equal 1
         raise ValueError("its fields are not those of a manifest")
@@ -176,14 +184,17 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
 
 def describe(manifest: Manifest) -> dict[str, Any]:
     """The manifest as the JSON value that is written: the only place that knows its fields' names."""
+    tokenizer = {"file": manifest.tokenizer_file, "sha256": manifest.tokenizer_sha256}
+    if manifest.version == 1:
+        del tokenizer["file"]
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": manifest.version,
         "dtype": manifest.dtype.name,
         "packing": "concat",
         "tokens_per_chunk": manifest.tokens_per_chunk,
         "vocab_size": manifest.vocab_size,
-        "tokenizer": {"sha256": manifest.tokenizer_sha256},
+        "tokenizer": tokenizer,
         "special": manifest.special,
         "documents": manifest.documents,
         "tokens": manifest.tokens,
@@ -239,7 +250,7 @@ def _check_tokenizer(manifest: Manifest) -> None:
     path = manifest.tokenizer_path
     try:
         with open(path, "rb") as file:
-            found = hashlib.sha256(file.read(MAX_MODEL_BYTES)).hexdigest()
+            found = hashlib.sha256(file.read(MAX_TOKENIZER_BYTES)).hexdigest()
     except OSError as error:
         raise UserError(f"The tokenizer {path} is missing or unreadable: {error.strerror}.") from error
     if found != manifest.tokenizer_sha256:

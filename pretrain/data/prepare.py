@@ -1,6 +1,6 @@
 """`python -m pretrain prepare`: text in, shards of tokens, manifests and a tokenizer out.
 
-    OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, tokenizer.model
+    OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, the tokenizer
     OUT/report.json                   what was read, skipped and why
 
 Two passes over the text: one draws the tokenizer's sample (from training documents only), one encodes. A document goes
@@ -28,7 +28,9 @@ from pretrain.data.folder import whole_folder
 from pretrain.data.progress import Progress, print_report
 from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer, VocabularyTooLarge, train_tokenizer
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import load_tokenizer
+from pretrain.tokenization.training import VocabularyTooLarge, train_tokenizer
 
 VOCAB_SIZE = 8192
 VALIDATION = 0.01
@@ -70,7 +72,7 @@ class Options:
     """What decides the bytes that are written, but for the text. None: chosen by the size of the corpus."""
 
     vocab_size: int | None = None  # of the tokenizer to train
-    tokenizer: str | Path | None = None  # a .model to take instead
+    tokenizer: str | Path | None = None  # path of one to take instead: a .model, or Hugging Face files
     model_type: str = "bpe"
     user_symbols: tuple[str, ...] = ()
     validation: float | None = None  # share of the documents
@@ -160,7 +162,7 @@ def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
 def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str], None]) -> Tokenizer:
     """The given tokenizer, or one trained on a sample of the training documents."""
     if options.tokenizer is not None:
-        return Tokenizer.load(options.tokenizer)
+        return load_tokenizer(options.tokenizer)
     say("Reading the text to train a tokenizer")
 
     def texts() -> Iterator[str]:
@@ -252,13 +254,14 @@ def _finish(draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str
 
 def _finish_part(folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter) -> None:
     shards = writer.finish()
-    (folder / manifests.TOKENIZER).write_bytes(tokenizer.model)
+    (folder / tokenizer.file).write_bytes(tokenizer.content)
     manifest = manifests.Manifest(
         folder=folder,
         fingerprint="",
         dtype=writer.dtype,
         tokens_per_chunk=writer.tokens_per_chunk,
         vocab_size=tokenizer.vocab_size,
+        tokenizer_file=tokenizer.file,
         tokenizer_sha256=tokenizer.sha256,
         special=tokenizer.special,
         documents=part.documents,

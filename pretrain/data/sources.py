@@ -9,7 +9,7 @@ from functools import cached_property
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary, vocabulary_of
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from pretrain.config.run import Config
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.masked import Masked, Symbols
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary
 
 Objective = Causal | Masked
@@ -22,29 +23,19 @@ def objective_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, l
 
 
 def symbols_of(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Symbols:
-    special = vocabulary.special
-    pieces = [tokenizer.piece(index) for index in range(tokenizer.vocab_size)]
-    text = torch.ones(vocabulary.size, dtype=torch.bool)
-    text[tokenizer.vocab_size :] = False
+    special, added = vocabulary.special, vocabulary.size - tokenizer.vocab_size
+    text = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
     text[[index for index in special.values() if index < tokenizer.vocab_size]] = False
-    edges = [_joins(piece) for piece in pieces] + [(False, False)] * (vocabulary.size - len(pieces))
-    left, right = torch.tensor(edges).unbind(dim=1)
-    ends = [piece.endswith(SENTENCE_ENDS) for piece in pieces] + [False] * (vocabulary.size - len(pieces))
+    ends = [tokenizer.piece(index).endswith(SENTENCE_ENDS) for index in range(tokenizer.vocab_size)]
+    tables = (*tokenizer.joints, torch.tensor(ends))
+    left, right, ends_sentence = (F.pad(torch.as_tensor(table), (0, added)) for table in tables)
     return Symbols(
         special["mask"],
         special["cls"],
         special["sep"],
         special["eos"],
         text.nonzero()[:, 0],
-        left.contiguous(),
-        right.contiguous(),
-        torch.tensor(ends),
+        left,
+        right,
+        ends_sentence,
     )
-
-
-def _joins(piece: str) -> tuple[bool, bool]:
-    """Whether a piece goes on with the word before it, and whether one behind it may go on with its own: letters and
-    digits without a space between. A byte of a character does both."""
-    if piece.startswith("<0x") and piece.endswith(">"):
-        return True, True
-    return piece[:1].isalnum(), piece[-1:].isalnum()

@@ -1,7 +1,8 @@
-"""Writers of every checkpoint format there was, frozen: what runs of older versions have on their disks must stay readable.
+"""Writers of every format of checkpoints and of shards' manifests that there was, frozen: what older versions have left on
+disks must stay readable.
 
-When `pretrain.opening.FORMAT` goes up, add a writer and leave these as they are. They use nothing of the program, so that no
-change of it can change them.
+When `pretrain.opening.FORMAT` or `pretrain.data.manifest.VERSION` goes up, add a writer and leave these as they are. They use
+nothing of the program, so that no change of it can change them.
 """
 
 from __future__ import annotations
@@ -45,4 +46,34 @@ def write_format_1(folder: Path, tensors: Tensors) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def write_manifest_1(folder: Path) -> None:
+    """Put the manifest of version 1 in place of a newer one: the tokenizer was always tokenizer.model."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    names = (
+        "format",
+        "packing",
+        "dtype",
+        "tokens_per_chunk",
+        "vocab_size",
+        "special",
+        "documents",
+        "tokens",
+        "text_bytes",
+    )
+    kept = {name: value[name] for name in (*names, "chunks", "shards")}
+    kept |= {
+        "version": 1,
+        "tokenizer": {"sha256": hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()},
+    }
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    (folder / "manifest.json").write_bytes(text.encode() + b"\n")
+
+
+def write_manifest_2(folder: Path) -> None:
+    """The one that is there: of version 2, with the tokenizer's file by name."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    assert value["version"] == 2 and value["tokenizer"].keys() == {"file", "sha256"}
+
+
+MANIFEST_WRITERS: dict[int, Callable[[Path], None]] = {1: write_manifest_1, 2: write_manifest_2}
 WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1}

@@ -16,7 +16,8 @@ from pretrain.config.model import ModelConfig
 from pretrain.errors import UserError
 from pretrain.generate import Sampling, check_options, choose, generate, sample_text, stream_text
 from pretrain.models.gpt import GPT
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.training import train_tokenizer
 from tests.pretrain.models.references import (
     GPT2_SHAPE,
     LLAMA_SHAPE,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.foreign import load_tokenizer
 from tests.pretrain import running
 
 
@@ -99,7 +99,7 @@ def test_a_sample_is_where_it_says_and_reads_as_it_does(
         assert member is not None
         first = int(place[4].replace(",", ""))
         ids = np.frombuffer(member.read(), "<u2")[first : first + 32].tolist()
-    tokenizer = Tokenizer.load(tiny_data / "train" / "tokenizer.model")
+    tokenizer = load_tokenizer(tiny_data / "train" / "tokenizer.model")
     shown = re.split(r"^--- document \d+ of \d+\n", told, flags=re.MULTILINE)[1:]
     assert [text.removesuffix("\n") for text in shown] == [
         tokenizer.decode(part) for part in _split(ids, tokenizer.eos)

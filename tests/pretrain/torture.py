@@ -282,11 +282,11 @@ def _exact_state(run: Path) -> dict[str, Any]:
 
 def _write_epoch(folder: Path) -> list[int]:
     """Shards of just one epoch in folder/train; the hash of each sequence in them."""
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.tokenization.foreign import load_tokenizer
 
     write_shards(folder / "shards")
     tokens = read_with_tarfile(folder / "shards" / "train")[: EPOCH * LENGTH + 1]
-    tokenizer = Tokenizer.load(folder / "shards" / "train" / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / "shards" / "train" / "tokenizer.model")
     write_source(folder / "train", tokens, tokenizer, tokens_per_chunk=1024)
     rows = np.lib.stride_tricks.sliding_window_view(tokens, LENGTH + 1)[::LENGTH]
     assert len(rows) == EPOCH

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import load_tokenizer
+from pretrain.tokenization.training import train_tokenizer
 from tests.pretrain.data.corpus import ODD, many_tokens, stdlib_texts, write_source
 
 
@@ -20,7 +22,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_file: Path) -> Tokenizer:
-    return Tokenizer.load(model_file)
+    return load_tokenizer(model_file)
 
 
 @pytest.fixture

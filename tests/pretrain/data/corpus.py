@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.data.prepare import Options, Part, Report, _finish_part, prepare
 from pretrain.data.shards import ShardWriter, dtype_of
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 
 ODD = [
     "Ärger mit Öl: naïve façade, Ελληνικά, 中文字, кириллица\n",

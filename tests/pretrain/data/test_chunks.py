@@ -20,7 +20,7 @@ import pytest
 from pretrain.data.chunks import Chunks
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 from tests.pretrain.data.corpus import many_tokens, write_source
 
 SHARD, STRIDE = "shard-00001.tar", 1024  # chunks 4 to 7, in blocks of 512: a header and 130 bytes

@@ -17,6 +17,7 @@ from pretrain.data import manifest as manifests
 from pretrain.data.manifest import Manifest, canonical
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
+from tests.pretrain.formats import MANIFEST_WRITERS
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HUGE = [-1, 0, 1, 2**31, 2**53 + 1, 2**63, 10**30]
@@ -53,6 +54,27 @@ def test_what_was_written_is_read_back(source: Path) -> None:
     assert found.tokenizer().sha256 == found.tokenizer_sha256
 
 
+def test_there_is_a_writer_of_each_version() -> None:
+    assert sorted(MANIFEST_WRITERS) == list(range(1, manifests.VERSION + 1))
+
+
+@pytest.mark.parametrize("version", MANIFEST_WRITERS)
+def test_shards_of_each_version_give_the_same_samples(source: Path, version: int) -> None:
+    now = Stream([source], 16, seed=1)
+    MANIFEST_WRITERS[version](source)
+    then = Stream([source], 16, seed=1)
+    assert value_of(source)["version"] == version == then.manifests[0].version
+    assert [then.explain(n) for n in range(40)] == [now.explain(n) for n in range(40)]
+    assert then.manifests[0].tokenizer().content == now.manifests[0].tokenizer().content
+    now.close()
+    then.close()
+
+
+def test_a_version_1_manifest_with_what_it_never_had_is_refused(source: Path) -> None:
+    write(source, {**value_of(source), "version": 1})
+    assert f"{source / 'manifest.json'} is damaged or not a manifest" in refusal(source)
+
+
 @FUZZ
 @given(st.data())
 def test_any_bytes_changed_give_a_user_error_or_a_manifest(source: Path, data: st.DataObject) -> None:
@@ -76,6 +98,7 @@ FIELDS = [
     *((name,) for name in ("dtype", "format", "packing", "shards", "special", "tokenizer")),
     *(("special", name) for name in ("eos", "bos", "another")),
     ("tokenizer", "sha256"),
+    ("tokenizer", "file"),
     *(("shards", 1, name) for name in ("name", "bytes", "chunks", "tokens", "sha256", "sidecar", "sidecar_sha256")),
     ("shards", 1),
     ("another",),
@@ -153,7 +176,7 @@ def test_absurd_counts_that_agree_with_each_other_allocate_nothing(
     """Up to 16 TB of one-token chunks in one shard, of 1,024 bytes each."""
     for limit in (
         "MAX_BYTES",
-        "MAX_MODEL_BYTES",
+        "MAX_TOKENIZER_BYTES",
     ):  # a read sets aside its limit, though it touches no more than it reads
         monkeypatch.setattr(manifests, limit, 1 << 20)
     shard = {**value_of(source)["shards"][0], "chunks": chunks, "tokens": chunks + 1}
@@ -217,8 +240,8 @@ def test_an_edited_spelling_of_the_same_value_is_refused(source: Path) -> None:
 
 
 def test_a_newer_version_says_which_is_read(source: Path) -> None:
-    write(source, {**value_of(source), "version": 2})
-    assert "has version 2; this program reads version 1" in refusal(source)
+    write(source, {**value_of(source), "version": 3})
+    assert "has version 3; this program reads versions 1 to 2" in refusal(source)
 
 
 def test_another_tokenizer_than_the_shards_is_refused(source: Path) -> None:

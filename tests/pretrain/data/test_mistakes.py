@@ -60,7 +60,12 @@ MISTAKES: dict[str, tuple[Make, list[str], list[str]]] = {
     "no tokenizer": (
         write("a.txt", b"text"),
         ["a.txt", "--tokenizer", "a.txt", "--validation", "0"],
-        ["a.txt is not a SentencePiece model"],
+        ["a.txt is no WordPiece vocabulary: it has no [UNK], [CLS], [SEP]"],
+    ),
+    "no SentencePiece model": (
+        write("a.bin", b"text"),
+        ["a.bin", "--tokenizer", "a.bin", "--validation", "0"],
+        ["a.bin is not a SentencePiece model"],
     ),
     "two ways to a tokenizer": (
         write("a.txt", b"text"),

@@ -16,7 +16,8 @@ import zstandard
 from pretrain.data.prepare import Options, prepare
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenization.foreign import load_tokenizer
+from pretrain.tokenization.training import train_tokenizer
 from tests.pretrain.data.corpus import (
     ODD,
     documents_of,
@@ -47,7 +48,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_documents(out: Path) -> dict[str, list[str]]:
     """Texts of each part, by a stock webdataset reader and the tokenizer beside the shards."""
     return {
-        part.name: documents_of(read_with_webdataset(part), Tokenizer.load(part / "tokenizer.model"))
+        part.name: documents_of(read_with_webdataset(part), load_tokenizer(part / "tokenizer.model"))
         for part in sorted(out.iterdir())
         if part.is_dir()
     }
@@ -124,7 +125,7 @@ def test_a_vocabulary_above_65536_takes_four_bytes(tmp_path: Path, model_file: P
     assert json.loads((tmp_path / "out/train/manifest.json").read_bytes())["dtype"] == "uint32"
     tokens = read_with_webdataset(tmp_path / "out/train")
     assert tokens.max() > 65_535
-    assert documents_of(tokens, Tokenizer.load(big)) == [*TEXTS, "\ue00069000"]
+    assert documents_of(tokens, load_tokenizer(big)) == [*TEXTS, "\ue00069000"]
     stream = Stream([tmp_path / "out/train"], 16, seed=1, shuffle=False)
     assert np.array_equal(stream.read(np.arange(3))[:, :-1].ravel(), tokens[:48])
 
@@ -166,7 +167,7 @@ def test_user_symbols_are_one_token_in_both_kinds_of_tokenizer(tmp_path: Path, m
     folder = write_texts(tmp_path / "texts", texts)
     options = {"vocab_size": 420, "model_type": model_type, "user_symbols": ("<tool>", "</tool>")}
     report = quietly([folder], tmp_path / "out", **options, validation=0, max_train_bytes=30_000)
-    tokenizer = Tokenizer.load(tmp_path / "out/train/tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "out/train/tokenizer.model")
     ids = [tokenizer.encode(symbol) for symbol in ("<tool>", "</tool>", "\n", "\t")]
     assert [len(found) for found in ids] == [1, 1, 1, 1]
     tokens = read_with_webdataset(tmp_path / "out/train")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pretrain.data import shards as layout
 from pretrain.data.manifest import Manifest
 from pretrain.data.shards import ShardWriter
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenization.base import Tokenizer
 from tests.pretrain.data.corpus import many_tokens, read_with_tarfile, read_with_webdataset, write_source
 
 # Any of these would make tar files of the same tokens differ by clock, user or machine.

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pretrain.data.order import rank_numbers
 from pretrain.data.stream import Stream, batch_hash
 from pretrain.errors import UserError
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.training import train_tokenizer
 from tests.pretrain.data.corpus import documents_of, many_tokens, quietly, stdlib_texts, write_source, write_texts
 
 FEW = settings(max_examples=30, deadline=None)

@@ -1,31 +1,29 @@
-"""Text to token ids and back, over SentencePiece; and the training of a tokenizer on a bounded sample of a corpus.
+"""The training of a SentencePiece tokenizer on a bounded sample of a corpus.
 
 Trained here, a tokenizer is lossless: byte fallback, no normalisation, no added spaces, so `decode(encode(text)) ==
 text` but for text that holds U+2581, SentencePiece's own mark for a space. Newline and tab are pieces of their own and
 runs of spaces may be pieces: on source code that is 30% fewer tokens than SentencePiece's defaults.
-
-No text can produce a control id, so a document's end stays where `prepare` put it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 import xxhash
 
 from pretrain.errors import UserError
+from pretrain.tokenization import pieces
+from pretrain.tokenization.base import cut
+from pretrain.tokenization.pieces import Pieces
 
-MAX_MODEL_BYTES = 256 << 20
-SEGMENT = 1 << 20  # characters that SentencePiece sees at once: its memory is some 100 bytes a character
 PIECE = 4096  # characters of one training "sentence"; the sample is drawn piece by piece
 ALWAYS_SYMBOLS = ("\n", "\t")
-CONTROLS = ("<mask>", "<cls>", "<sep>")  # what masked and paired objectives need; text cannot produce them
+CONTROLS = tuple(names[0] for names in pieces.CONTROLS.values())  # what masked and paired objectives need
 TRAIN_THREADS = 4  # fixed, since the sums of unigram training depend on it
 
 
@@ -37,74 +35,6 @@ class VocabularyTooLarge(UserError):
             f"A vocabulary of {asked} is larger than this text supports: the largest that works is {largest}."
         )
         self.largest = largest
-
-
-class Tokenizer:
-    """A SentencePiece model. `eos` is the id that ends a document; `sha256` is the model file's hash."""
-
-    def __init__(self, model: bytes, name: str = "tokenizer.model") -> None:
-        self.model = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} is not a SentencePiece model.") from error
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eos: int = self._processor.eos_id()
-        if self.eos < 0 or not self._processor.IsControl(self.eos):
-            raise UserError(
-                f"{name} has no control symbol that ends a document (</s>): train one with it (eos_id >= 0), "
-                "or leave --tokenizer out and one is trained here."
-            )
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a `.model` file. Raises UserError if it is missing or no SentencePiece model."""
-        try:
-            with open(path, "rb") as file:
-                model = file.read(MAX_MODEL_BYTES + 1)
-        except OSError as error:
-            raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from error
-        if not model or len(model) > MAX_MODEL_BYTES:
-            raise UserError(f"{path} is not a SentencePiece model: it has {len(model)} bytes.")
-        return cls(model, str(path))
-
-    @property
-    def special(self) -> dict[str, int]:
-        """Ids of the special symbols that this tokenizer has, by name (unk, bos, eos, pad, mask, cls, sep)."""
-        named = {name: getattr(self._processor, f"{name}_id")() for name in ("unk", "bos", "eos", "pad")}
-        for piece in CONTROLS:
-            index = self._processor.PieceToId(piece)
-            named[piece.strip("<>")] = index if self._processor.IsControl(index) else -1
-        return {name: index for name, index in named.items() if index >= 0}
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without a document end. Long texts are cut after line ends to bound the memory."""
-        if len(text) <= SEGMENT:
-            return self._processor.encode(text)
-        return [index for part in cut(text, SEGMENT) for index in self._processor.encode(part)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control ids give no text. Raises ValueError on an id outside the vocabulary."""
-        try:
-            return self._processor.decode(list(ids))
-        except (IndexError, TypeError) as error:  # TypeError: an id of more than 32 bits
-            raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}") from error
-
-    def piece(self, index: int) -> str:
-        """The piece as SentencePiece writes it (a space is U+2581)."""
-        return self._processor.IdToPiece(index)
-
-
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Parts of at most `limit` characters, cut after the last line end inside the limit where there is one."""
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1 or start + limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
@@ -137,7 +67,7 @@ def train_tokenizer(
     out: str | Path | None = None,
     max_bytes: int = 32 << 20,
     seed: int = 0,
-) -> Tokenizer:
+) -> Pieces:
     """Train on a sample of at most `max_bytes` of the texts; write the model to `out` where given.
 
     model_type: "bpe" or "unigram" (encodes 3.7x faster; 18x slower to train). user_symbols: strings that are always one
@@ -148,12 +78,12 @@ def train_tokenizer(
         raise UserError(f"The tokenizer's type is bpe or unigram, not {model_type!r}.")
     if vocab_size < 1 or max_bytes < 1:
         raise UserError("The vocabulary size and the bytes to train a tokenizer on must be at least 1.")
-    pieces = sample(texts, max_bytes, seed)
-    if not pieces:
+    drawn = sample(texts, max_bytes, seed)
+    if not drawn:
         raise UserError("There is no text to train a tokenizer on.")
-    tokenizer = Tokenizer(_train(pieces, vocab_size, model_type, _symbols(user_symbols)))
+    tokenizer = Pieces(_train(drawn, vocab_size, model_type, _symbols(user_symbols)))
     if out is not None:
-        Path(out).write_bytes(tokenizer.model)
+        Path(out).write_bytes(tokenizer.content)
     return tokenizer
 
 
@@ -168,11 +98,11 @@ def _symbols(user_symbols: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((*ALWAYS_SYMBOLS, *user_symbols)))
 
 
-def _train(pieces: list[str], vocab_size: int, model_type: str, symbols: list[str]) -> bytes:
+def _train(drawn: list[str], vocab_size: int, model_type: str, symbols: list[str]) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pieces),
+            sentence_iterator=iter(drawn),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
