@@ -55,3 +55,23 @@ def _exchange(axis: ContextAxis, backend: Backend) -> torch.nn.Module:
     from deepspeed.sequence.layer import DistributedAttention
 
     return DistributedAttention(functools.partial(attend, backend), axis.group, scatter_idx=2, gather_idx=1)
+
+
+def summed(x: Tensor, group: Any) -> Tensor:
+    """Sum of every rank's x over the group, forward and backward."""
+    return _Sum.apply(x, group)  # type: ignore[no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

@@ -147,6 +147,21 @@ class Parts:
             ours = (local >= 0) & (local < rows * self.axis.size)
         return found, ours.float()
 
+    def whole(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """Activations (B, P, H) of x (B, s, H) at places (B, P) of the whole sequence, None: at all of them, the same on
+        every tensor and context rank. The gradient is the sum of what all context ranks make of it."""
+        rows = x.shape[1] * self.context.size * (self.axis.size if self.axis.sequence else 1)
+        if places is None:
+            if rows == x.shape[1]:
+                return x
+            places = torch.arange(rows, device=x.device).expand(x.shape[0], -1)
+        found, _ = self.pick(x, places)
+        if self.context.size == 1:
+            return found
+        from parallel.context import summed
+
+        return summed(found, self.context.group)
+
     # -- products ----------------------------------------------------------------------------------------------
 
     def attention_backend(self, call: Call) -> Backend:

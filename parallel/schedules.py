@@ -18,6 +18,7 @@ from parallel.stages import Stage
 
 MicroBatch = tuple[Tensor | None, ...]  # what the first stage takes; the first is (B, S)
 NoSync = Callable[[], AbstractContextManager[None]]
+Finish = Callable[[Tensor], tuple[Tensor, Tensor]]  # a last stage's output -> its scalar loss, and what is kept
 Phase = Callable[[str], AbstractContextManager[None]]
 TIMERS = {"forward-compute": "forward", "backward-compute": "backward"}  # of megatron-core -> our phases
 
@@ -54,6 +55,13 @@ class Schedule:
             return self._run_alone(batches, scale, forward_only)
         return self._run_pipeline(batches, scale, forward_only)
 
+    def outputs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """What the last stage gives for each of the micro-batches, without gradient, on its ranks; elsewhere nothing."""
+        if self.grid.layout.pipeline == 1:
+            with torch.no_grad():
+                return [self.stages[0](batch) for batch in batches]
+        return self._through_pipeline(batches, lambda output: (output.sum(), output.detach().clone()), True)
+
     def _run_alone(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
         total = torch.zeros((), device=self.grid.device)
         for number, batch in enumerate(batches, 1):
@@ -66,15 +74,18 @@ class Schedule:
         return total
 
     def _run_pipeline(self, batches: Sequence[MicroBatch], scale: float | Tensor, forward_only: bool) -> Tensor:
+        # The schedule divides the returned loss by the number of micro-batches and multiplies it by the context ranks.
+        scale = scale * len(batches) / self.grid.layout.context
+        losses = self._through_pipeline(batches, lambda loss: _scaled(loss, scale), forward_only)
+        return torch.stack(losses).sum(dim=0) if losses else torch.zeros((), device=self.grid.device)
+
+    def _through_pipeline(self, batches: Sequence[MicroBatch], finish: Finish, forward_only: bool) -> list[Tensor]:
+        """The second of what `finish` makes of each of the last stage's outputs, on its ranks; of the first are the
+        gradients."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        count = len(batches)
-
         def forward_step(source: Iterator[MicroBatch], stage: Stage) -> tuple[Tensor, Any]:
-            output = stage(next(source))
-            # The schedule divides the returned loss by the number of micro-batches and multiplies it by the context
-            # ranks.
-            return output, lambda loss: _scaled(loss, scale * count / layout.context)
+            return stage(next(source)), finish
 
         layout = self.grid.layout
         sources = [iter(batches) for _ in self.stages]
@@ -83,18 +94,18 @@ class Schedule:
         inputs = batches[0][0]
         assert inputs is not None
         B, S = inputs.shape
-        losses = get_forward_backward_func()(
+        found: list[Tensor] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=sources if several else sources[0],
             model=self.stages if several else self.stages[0],
-            num_microbatches=count,
+            num_microbatches=len(batches),
             # These two only size the buffers for hidden states: (seq_length / slices, micro_batch_size, H). Ours are
             # (B, S / slices, H), so the two are given the other way round.
             seq_length=B * slices,
             micro_batch_size=S // slices,
             forward_only=forward_only,
         )
-        return torch.stack(losses).sum(dim=0) if losses else torch.zeros((), device=self.grid.device)
+        return found
 
 
 def _scaled(loss: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -76,12 +76,12 @@ def _train(args: argparse.Namespace) -> int:
     from pretrain.runs import open_config
 
     config = open_config(args.config, args.overrides, rank_and_world()[1])
+    sources = Sources.open(config)
     if args.profile is not None:
         from pretrain.schedule import Plan
 
-        check_profile(args.profile, Plan(config).total_steps)
+        check_profile(args.profile, Plan(config, sources.train.samples_per_epoch).total_steps)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
-    sources = Sources.open(config)
     from pretrain import session
 
     return session.main(config, sources, args.profile)

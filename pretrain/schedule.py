@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pretrain.config.duration import Span
 from pretrain.config.run import Config
@@ -24,9 +25,10 @@ class Segment:
 
 
 class Plan:
-    """Batches and learning rates of a run."""
+    """Batches and learning rates of a run. samples_per_epoch: of its data, which durations in epochs need."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, samples_per_epoch: int | None = None) -> None:
+        self.samples_per_epoch = samples_per_epoch
         self.seq_length, self.batch_size = config.data.seq_length, config.batch.size
         self.schedule, self.peak = config.schedule, config.optimizer.learning_rate
         self.segments = self._segments(config)
@@ -48,7 +50,7 @@ class Plan:
             at = step if ramp.length.unit == "steps" else sample * self.seq_length
             each = 1 if ramp.length.unit == "steps" else size * self.seq_length
             # Until `number` of the equal parts of the length are over, in whole numbers: exact at any length.
-            steps = max(_ceil(ramp.length.count * number - at * len(sizes), each * len(sizes)), 0)
+            steps = max(_ceil(int(ramp.length.count) * number - at * len(sizes), each * len(sizes)), 0)
             step, sample = step + steps, sample + steps * size
         return [*segments, Segment(step, sample, self.batch_size)]
 
@@ -69,8 +71,8 @@ class Plan:
     def steps(self, span: Span) -> int:
         """Steps until the span is reached or passed."""
         if span.unit == "steps":
-            return span.count
-        samples = _ceil(span.count, self.seq_length)
+            return int(span.count)
+        samples = math.ceil(self._samples(span))
         segment = next(s for s in reversed(self.segments) if s.sample < samples or s.step == 0)
         return segment.step + _ceil(samples - segment.sample, segment.size)
 
@@ -85,7 +87,15 @@ class Plan:
             return False
         if every.unit == "steps":
             return after // every.count > before // every.count
-        return self.tokens_before(after) // every.count > self.tokens_before(before) // every.count
+        each = self._samples(every)
+        return self.samples_before(after) // each > self.samples_before(before) // each
+
+    def _samples(self, span: Span) -> Fraction:
+        """Of a span in tokens or epochs, exactly."""
+        if span.unit == "tokens":
+            return Fraction(span.count) / self.seq_length
+        assert self.samples_per_epoch is not None, "a duration in epochs needs the size of the data"
+        return Fraction(span.count) * self.samples_per_epoch
 
     def _segment(self, step: int) -> Segment:
         return next(s for s in reversed(self.segments) if s.step <= step)
@@ -123,7 +133,9 @@ class Plan:
 
     def _length(self, span: Span) -> int:
         """A span in the unit of schedule.total."""
-        return span.count if (span.unit == "tokens") == self.in_tokens else self._position(self.steps(span))
+        if span.unit == ("tokens" if self.in_tokens else "steps"):
+            return int(span.count)
+        return self._position(self.steps(span))
 
 
 def _ceil(number: int, divisor: int) -> int:

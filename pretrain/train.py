@@ -89,7 +89,7 @@ class Run:
         self.heartbeat = Heartbeat()
         self.profile = Unprofiled()
         self.folder = Path(config.run.dir)
-        self.plan = Plan(config)
+        self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
         self.objective = objective_of(config, self.tokenizer, sources.vocabulary, sources.train.lanes)
         self.built: Built = build(config, grid, sources.vocabulary.size)

@@ -9,12 +9,15 @@ from pretrain.config.section import Section, meaning
 
 
 class DataConfig(Section):
-    """Shards made by `prepare`; the tokenizer travels with them."""
+    """Shards made by `prepare`; the tokenizer travels with them. Or files of labelled examples."""
 
-    train: str | list[str] = meaning("shards/train", "folder of shards to train on, or a list of folders")
+    train: str | list[str] = meaning(
+        "shards/train", "folder of shards to train on, or a list of folders; or a file of labelled examples"
+    )
     weights: list[float] | None = meaning(None, "share of samples from each train folder; null: by their sizes")
-    validation: str | None = meaning(None, "folder of held-out shards; null: no validation")
-    seq_length: int = meaning(256, "tokens a training sequence", ge=1)
+    validation: str | None = meaning(None, "folder of held-out shards, or file of examples; null: no validation")
+    seq_length: int = meaning(256, "tokens a training sequence; of labelled examples the most", ge=1)
+    seed: int | None = meaning(None, "of the data's order; null: run.seed", ge=0, lt=2**63)
     lanes: int = meaning(256, "the shuffle's parallel lanes through the data; part of the data's order", ge=1)
     window: int = meaning(16, "chunks of a lane that are mixed at a time; part of the data's order", ge=1)
     prefetch: int = meaning(2, "batches read ahead of the training loop", ge=1)

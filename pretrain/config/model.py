@@ -35,6 +35,12 @@ class ModelConfig(Section):
     """Shape of the Transformer."""
 
     kind: Literal["gpt", "bert"] = meaning("gpt", "gpt (a causal decoder) or bert (a bidirectional encoder)")
+    initial: str | None = meaning(
+        None, "a run, or a folder of Hugging Face's, whose shape, weights and tokenizer to start from; null: none"
+    )
+    reset: int | Literal["all"] = meaning(
+        0, "with initial: layers from the top that begin at random weights all the same; all: every weight does"
+    )
     num_layers: int = meaning(6, "Transformer blocks", ge=1)
     hidden_size: int = meaning(384, "features of the residual stream", ge=1)
     num_heads: int = meaning(6, "attention heads", ge=1)

@@ -9,10 +9,17 @@ from typing import Literal
 from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
 
-KINDS = {"causal": "gpt", "masked": "bert"}  # objective -> the model that it trains
-OF_KIND = {
+PRETRAINING = {"causal": "gpt", "masked": "bert"}  # objective -> the model that it trains
+TASKS = ("classification", "regression", "multiple-choice", "tagging", "question-answering")  # with a head of their own
+OF_KINDS: dict[str, tuple[str, ...]] = {  # objectives -> the fields that are theirs alone
     "causal": ("loss_across_documents",),
     "masked": ("mask_rate", "masking", "mask_share", "random_share", "span_probability", "span_limit", "pairs"),
+    "classification tagging": ("labels", "class_weights"),
+    "question-answering": ("version_2", "question_length", "answer_length", "best"),
+    "tagging question-answering": ("overlap",),
+    "classification regression": ("texts", "label"),
+    " ".join(TASKS): ("strict",),
+    "causal masked": ("attention_across_documents", "z_loss"),
 }
 
 
@@ -43,6 +50,24 @@ class ObjectiveConfig(Section):
     pairs: Literal["none", "next", "order"] = meaning(
         "none", "masked: predict of two segments whether the second follows (next, BERT) or they are swapped (order)"
     )
+    labels: list[str] | None = meaning(
+        None, "classification: the classes in the order of the outputs; null: those of the training file, sorted"
+    )
+    class_weights: list[float] | Literal["balanced"] | None = meaning(
+        None, "classification, tagging: weight of each class's examples in the loss; balanced: by their numbers"
+    )
+    texts: list[str] | None = meaning(
+        None, "classification, regression: columns of one or two texts; null: all but label and id"
+    )
+    label: str = meaning("label", "classification, regression: the label's column")
+    overlap: int = meaning(
+        32, "tagging, question-answering: tokens that two windows over a longer text have in common", ge=0
+    )
+    version_2: bool = meaning(False, "question-answering: some questions have no answer (SQuAD v2)")
+    question_length: int = meaning(64, "question-answering: tokens of a question at most; what is beyond is cut", ge=1)
+    answer_length: int = meaning(30, "question-answering: tokens of an answer at most", ge=1)
+    best: int = meaning(20, "question-answering: spans of a window that are considered", ge=1)
+    strict: bool = meaning(False, "labelled examples: what could be mended or left out, and counted, is an error")
     label_smoothing: float = meaning(
         0.0, "share of each target that is spread over the whole vocabulary; in training alone", ge=0, lt=1
     )
@@ -50,18 +75,22 @@ class ObjectiveConfig(Section):
         0.0, "factor of each target's squared logarithm of the softmax's denominator; in training alone", ge=0
     )
 
+    @property
+    def is_task(self) -> bool:
+        """Whether it learns from labelled examples, with a head of its own."""
+        return self.kind in TASKS
+
     def predicted(self, length: int) -> int:
         """The most places of a sequence of `length` that are predicted."""
-        return length if self.kind == "causal" else max(1, math.ceil(self.mask_rate * length))
+        return max(1, math.ceil(self.mask_rate * length)) if self.kind == "masked" else length
 
     def problems(self) -> Iterator[Problem]:
-        for kind, names in OF_KIND.items():
-            for name in names if kind != self.kind else ():
+        for kinds, names in OF_KINDS.items():
+            for name in names if self.kind not in kinds.split() else ():
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
-                    yield Problem(
-                        name, f"{value} has no effect with kind: {self.kind}", f"remove it, or set kind: {kind}"
-                    )
+                    mend = f"remove it, or set kind: {' or '.join(kinds.split())}"
+                    yield Problem(name, f"{value} has no effect with kind: {self.kind}", mend)
         if self.mask_share + self.random_share > 1:
             found = f"{self.mask_share} and random_share {self.random_share} are more than 1 together"
             yield Problem("mask_share", found, "BERT's are 0.8 and 0.1")

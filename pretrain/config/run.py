@@ -12,7 +12,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.kernels import KernelsConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.monitoring import MonitorConfig
-from pretrain.config.objective import KINDS, ObjectiveConfig
+from pretrain.config.objective import PRETRAINING, ObjectiveConfig
 from pretrain.config.section import Section, meaning
 from pretrain.config.training import (
     BatchConfig,
@@ -45,15 +45,34 @@ class Config(Section):
 
     def _kind_problems(self) -> Iterator[Problem]:
         model, objective = self.model.kind, self.objective.kind
-        if KINDS[objective] != model:
-            fitting = next(kind for kind, trained in KINDS.items() if trained == model)
-            mend = f"set model.kind: {KINDS[objective]}, or objective.kind: {fitting}"
+        unknown = self.model.initial is not None and "kind" not in self.model.model_fields_set
+        if not unknown and PRETRAINING.get(objective, model) != model:
+            fitting = next(kind for kind, trained in PRETRAINING.items() if trained == model)
+            mend = f"set model.kind: {PRETRAINING[objective]}, or objective.kind: {fitting}"
             yield Problem("objective.kind", f"{objective} does not train a {model}", mend)
-        if self.monitor.sample_every is not None and not self.model.causal:
-            yield Problem("monitor.sample_every", f"a {model} writes no text", "remove it")
+        if self.monitor.sample_every is not None and objective != "causal":
+            yield Problem("monitor.sample_every", f"a model of {objective} writes no text", "remove it")
+        if self.objective.is_task:
+            yield from self._task_problems()
         if objective == "masked" and self.data.seq_length < LEAST_MASKED:
             found = f"{self.data.seq_length} leaves no room beside [CLS] and [SEP]"
             yield Problem("data.seq_length", found, f"give at least {LEAST_MASKED}")
+
+    def _task_problems(self) -> Iterator[Problem]:
+        if self.model.initial is None:
+            yield Problem("model.initial", "is missing", "name a run, or a folder of Hugging Face's, to start from")
+        for name in ("train", "validation"):
+            if isinstance(getattr(self.data, name), list):
+                yield Problem(f"data.{name}", "is a list", "name one file of labelled examples")
+        if self.objective.overlap >= self.data.seq_length:
+            found = f"{self.objective.overlap} is not below data.seq_length {self.data.seq_length}"
+            yield Problem("objective.overlap", found, "lower it")
+        sections = {"schedule.total": self.schedule.total, "schedule.warmup": self.schedule.warmup}
+        for path, span in sections.items():
+            if span.unit == "tokens":
+                yield Problem(path, "examples differ in length, so tokens are not known ahead", "give steps or epochs")
+        if self.batch.ramp is not None:
+            yield Problem("batch.ramp", "has no effect on labelled examples", "remove it")
 
     def problems(self) -> Iterator[Problem]:
         yield from self._kind_problems()

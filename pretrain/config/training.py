@@ -35,6 +35,8 @@ class BatchConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         ramp = self.ramp
+        if ramp is not None and ramp.length.unit == "epochs":
+            yield Problem("ramp.length", f"{ramp.length}: a ramp is not in epochs", "give steps or tokens")
         if ramp is not None and ramp.start > self.size:
             yield Problem("ramp.start", f"{ramp.start} is above batch.size {self.size}", "start with less")
         elif ramp is not None and (self.size - ramp.start) % ramp.increment:

@@ -60,3 +60,29 @@ class MaskedBatch(NamedTuple):
 
     def to(self, device: torch.device) -> Self:
         return self._replace(**{name: held.to(device) for name, held in self._asdict().items() if held is not None})
+
+
+class TaskBatch(NamedTuple):
+    """N sequences of labelled examples (several of one example for multiple choice); `pretrain.models.tasks` takes it."""
+
+    inputs: Tensor  # (N, S) int64 ids
+    targets: Tensor  # (B, 1) or (B, S) or (B, 2): classes, numbers, tags, or the places of both ends
+    mask: Tensor  # float32 weights of the targets: (B, 1), of tags (B, S)
+    sample_keys: Tensor  # (N,) int32
+    documents: Tensor  # (N, S) int32: 1 where there is no token, else 0
+    segments: Tensor  # (N, S) int64
+    places: Tensor  # (N, 1) int64: the position that stands for the sequence
+
+    def counts(self) -> Tensor:
+        """(1,) float64: the weights of the targets together."""
+        return self.mask.sum(dtype=torch.float64)[None]
+
+    def without(self, gone: Tensor) -> Self:
+        """gone (B,) bool."""
+        return self._replace(mask=self.mask * ~gone[:, None])
+
+    def to(self, device: torch.device) -> Self:
+        return self._replace(**{name: held.to(device) for name, held in self._asdict().items()})
+
+
+AnyBatch = Batch | MaskedBatch | TaskBatch
