@@ -105,6 +105,18 @@ def _verify(args: argparse.Namespace) -> int:
     return verify.main(args)
 
 
+def _export(args: argparse.Namespace) -> int:
+    from pretrain.huggingface import export
+
+    return export.main(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from pretrain.huggingface import importing
+
+    return importing.main(args)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from pretrain import inspect
 
@@ -186,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=600, metavar="S", help="seconds a run may be silent (default: 600)"
     )
     _use_options(add)
+    _interchange_options(add)
     return top
 
 
@@ -300,6 +313,24 @@ def _use_options(add: object) -> None:
         metavar="NAME",
         help="who may connect: 0.0.0.0 for all (default: localhost, this machine)",
     )
+
+
+def _interchange_options(add: object) -> None:
+    """Options of the commands that give models to Hugging Face's transformers and take them from it."""
+    assert callable(add)
+    export = add("export", _export, "A run's model as a Hugging Face folder.", "export runs/demo --out exported")
+    export.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    export.add_argument("--out", required=True, metavar="DIR", help="new folder: config.json, safetensors, tokenizer")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
+    )
+    export.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    command = add("import", _import, "A Hugging Face folder as a run.", "import exported --out runs/imported")
+    command.add_argument(
+        "folder", metavar="DIR", help="config.json and safetensors of GPT-2, Llama, Mistral or GPT-NeoX"
+    )
+    command.add_argument("--out", required=True, metavar="RUN", help="new folder of the run")
+    command.add_argument("--tokenizer", metavar="PATH", help="a tokenizer in place of the folder's, as for prepare")
 
 
 if __name__ == "__main__":

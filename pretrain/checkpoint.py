@@ -122,14 +122,26 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
         values = torch.zeros(parameter.shape, dtype=torch.float32)
         wanted += _wanted(path, parameter, 0, parameter.shape[0], "weight", values)
         copies.append((parameter, values))
-    weights = {entry.tensor for entry in checkpoint.entries if not entry.tensor.startswith(MOMENT_PREFIXES)}
-    beyond = sorted(weights - {want.tensor for want in wanted})
+    beyond = sorted(weight_shapes(checkpoint).keys() - {want.tensor for want in wanted})
     if beyond:
         raise UserError(f"{checkpoint.folder}: of another model; this one has no {beyond[0]!r:.80}")
     _read(checkpoint, wanted)
     with torch.no_grad():
         for parameter, values in copies:
             parameter.copy_(values)
+
+
+def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the model's logical tensors, without the moments."""
+    return {entry.tensor: entry.shape for entry in checkpoint.entries if not entry.tensor.startswith(MOMENT_PREFIXES)}
+
+
+def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One logical tensor, whole. Raises UserError."""
+    shape = weight_shapes(checkpoint)[name]
+    values = torch.zeros(shape, dtype=torch.float32)
+    _read(checkpoint, [Wanted(name, shape, (0,) * len(shape), values)])
+    return values
 
 
 def _wanted(path: str, parameter: nn.Parameter, first: int, end: int, kind: str, rows: Tensor) -> list[Wanted]:

@@ -29,14 +29,15 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     settle()
     config = run_config(run)
     tokenizer = run_tokenizer(run)
-    found = _find(run, step)
+    found = find_checkpoint(run, step)
     model = make_model(config, Parts(), vocabulary_of(config, tokenizer).size)
     checkpoint.load_weights(found, model)
     model.to(pick_device(), DTYPES[config.precision.compute]).eval()
     return Loaded(config, model, tokenizer, found.state.step)
 
 
-def _find(run: Path, step: int | None) -> checkpoint.Checkpoint:
+def find_checkpoint(run: Path, step: int | None) -> checkpoint.Checkpoint:
+    """The newest whole checkpoint of a run, or that of one step. Raises UserError where there is none."""
     if step is not None:
         steps = checkpoint.list_steps(run)
         if step not in steps:

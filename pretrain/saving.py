@@ -177,15 +177,16 @@ def _begin(working: Path) -> None:
 
 def _finish(working: Path, final: Path, order: Order, gathered: list[Written]) -> None:
     order.flush()  # before there is a checkpoint that says it was reported
-    _write_manifest(working, order, gathered)
+    write_manifest(working, order.state, order.about, gathered)
     _put_in_place(working, final)
 
 
-def _write_manifest(folder: Path, order: Order, gathered: list[Written]) -> None:
+def write_manifest(folder: Path, state: State, about: dict[str, Any], gathered: list[Written]) -> None:
+    """Say what the files hold that the ranks have written; synced to the disk."""
     manifest = {
         "format": FORMAT,
-        "state": asdict(order.state),
-        "about": order.about,
+        "state": asdict(state),
+        "about": about,
         "files": {name: info for written in gathered for name, info in written.files.items()},
         "boxes": [
             [entry.tensor, entry.shape, entry.offset, entry.size, entry.file]

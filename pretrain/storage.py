@@ -62,6 +62,11 @@ class Entry:
     file: str
 
 
+def file_name(rank: int, number: int) -> str:
+    """Of a rank's files, filled one after the other."""
+    return f"rank-{rank:05d}-{number:03d}.safetensors"
+
+
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +83,7 @@ def write_boxes(boxes: list[Box], folder: Path, rank: int) -> Written:
     assert len({(box.name, box.kind) for box in boxes}) == len(boxes), "two boxes of one tensor on one rank"
     written = Written([], {})
     for number, part in enumerate(_parts(boxes)):
-        name = f"rank-{rank:05d}-{number:03d}.safetensors"
+        name = file_name(rank, number)
         written.files[name] = _write_file(folder / name, part)
         for box in part:
             tensor, size = tensor_name(box.name, box.kind), tuple(box.values.shape)

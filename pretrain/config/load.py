@@ -38,12 +38,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with overrides. Raises UserError with every problem, each with its path and mend."""
     values = _read(Path(path))
     problems = [problem for override in overrides for problem in _apply(values, override)]
+    return checked_config(values, f"{path}: this configuration cannot be used", problems)
+
+
+def checked_config(values: dict[str, Any], title: str, problems: Sequence[Problem] = ()) -> Config:
+    """The config of these values by section. Raises UserError, under the title, with what is wrong beside `problems`."""
+    found = list(problems)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += _translate(error)
-    if problems:
-        raise problem_error(f"{path}: this configuration cannot be used", problems)
+        found += _translate(error)
+    if found:
+        raise problem_error(title, found)
     return config
 
 

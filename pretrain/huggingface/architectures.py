@@ -1,0 +1,63 @@
+"""Which architecture of Hugging Face's a model is. A new one is a map of its own and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain.errors import UserError
+from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Settings
+from pretrain.huggingface.gpt2 import GPT2
+from pretrain.huggingface.llama import LLAMA, MISTRAL
+from pretrain.huggingface.neox import NEOX
+
+KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX)
+
+
+def architecture_of(ours: Settings) -> tuple[Architecture, Json]:
+    """The first architecture that has all of our options, and its config.json. Raises UserError where none has, with the
+    options of ours that each lacks, the nearest first."""
+    refusals: list[tuple[Architecture, list[Inexpressible]]] = []
+    for architecture in KNOWN:
+        against = _against(architecture, ours)
+        if not against:
+            return architecture, architecture.config(ours)
+        refusals.append((architecture, against))
+    refusals.sort(key=lambda refusal: len(refusal[1]))
+    lines = [
+        f"  {architecture.model_type} has no {', no '.join(f'model.{reason}' for reason in against)}"
+        for architecture, against in refusals
+    ]
+    raise UserError("\n".join(["no architecture of Hugging Face's can have all of this model's options:", *lines]))
+
+
+def _against(architecture: Architecture, ours: Settings) -> list[Inexpressible]:
+    against = []
+    for option in architecture.options:
+        try:
+            option.write(ours)
+        except Inexpressible as reason:
+            against.append(reason)
+    return against
+
+
+def read_architecture(theirs: Json, name: str) -> tuple[Architecture, Settings]:
+    """The architecture that config.json (`name`, for messages) tells of, and the fields of our ModelConfig.
+
+    Raises UserError for one that is not known, or an option of it that we lack."""
+    kinds = {architecture.model_type: architecture for architecture in KNOWN}
+    kind = theirs.get("model_type")
+    architecture = kinds.get(kind) if isinstance(kind, str) else None
+    if architecture is None:
+        raise UserError(f"{name}: model_type is {kind!r:.60}; those that can be imported are {', '.join(kinds)}.")
+    classes = theirs.get("architectures") or [architecture.class_name]
+    readable = {architecture.class_name, *architecture.base_names}
+    if not isinstance(classes, list) or not {str(found) for found in classes} <= readable:
+        raise UserError(
+            f"{name}: architectures is {classes!r:.80}; of {kind} {' and '.join(sorted(readable))} can be read."
+        )
+    try:
+        return architecture, architecture.settings(theirs)
+    except Inexpressible as reason:
+        raise UserError(f"{name}: this program has no such option: {reason}.") from reason
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: cannot be understood: {error!r:.80}.") from error
