@@ -87,6 +87,12 @@ def _train(args: argparse.Namespace) -> int:
     return session.main(config, sources, args.profile)
 
 
+def _predict(args: argparse.Namespace) -> int:
+    from pretrain import predict
+
+    return predict.main(args)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from pretrain import evaluate
 
@@ -260,12 +266,15 @@ def _use_options(add: object) -> None:
     evaluate = add(
         "evaluate",
         _evaluate,
-        "Loss, perplexity and bits per byte, as one JSON line.",
+        "Loss and bits per byte of a text, or metrics of labelled examples, as one JSON line.",
         "evaluate runs/demo --data shards/validation",
     )
     evaluate.add_argument("run_folder", metavar="RUN", help="folder of a run")
     evaluate.add_argument(
-        "--data", required=True, metavar="DIR|TEXT", help="a folder of shards, a text file or a folder of them"
+        "--data",
+        required=True,
+        metavar="DIR|TEXT",
+        help="a folder of shards, a text file or a folder; or labelled examples",
     )
     evaluate.add_argument(
         "--stride",
@@ -275,6 +284,17 @@ def _use_options(add: object) -> None:
     )
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (default: 8)")
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    predict = add(
+        "predict",
+        _predict,
+        "What a fine-tuned model says of each example, as JSON lines.",
+        "predict runs/reviews --input new.tsv --out labels.jsonl",
+    )
+    predict.add_argument("run_folder", metavar="RUN", help="folder of a fine-tuned run")
+    predict.add_argument("--input", required=True, metavar="FILE", help="examples; labels are not needed")
+    predict.add_argument("--out", required=True, metavar="FILE", help="new file for the predictions")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
+    predict.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     generate = add(
         "generate", _generate, "Text by a trained model.", 'generate runs/demo --prompt "def main" --temperature 0.8'
     )

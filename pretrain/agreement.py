@@ -76,7 +76,7 @@ def _data(config: Config, sources: Sources) -> Iterator[tuple[str, str]]:
     """The fingerprint of all data, and the manifests that it is made of."""
     yield FINGERPRINT, sources.fingerprint[:DIGITS]
     for name, stream in (("data.train", sources.train), ("data.validation", sources.validation)):
-        for manifest in stream.manifests if stream is not None else ():
+        for manifest in getattr(stream, "manifests", ()):  # labelled examples have none
             yield f"{name}, {manifest.folder}/manifest.json", manifest.fingerprint[:DIGITS]
 
 

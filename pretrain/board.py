@@ -1,11 +1,12 @@
 """TensorBoard files of a run: scalars in six groups, text by the model, the config, and hyperparameters.
 
 train/       loss, grad_norm, learning_rate, batch_size; each term of the loss where there are several
-speed/       tokens_per_second, step_seconds, mfu and hfu where the device's peak is known
+speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, mfu and hfu where the device's peak
+             is known
 memory/      gibibytes
 data/        wait_seconds a step, epochs
 checkpoint/  stall_seconds, write_seconds
-validation/  loss, bits_per_byte; accuracies
+validation/  loss, bits_per_byte; accuracies, a task's metrics
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ GROUPS = {
     "learning_rate": "train/learning_rate",
     "batch_size": "train/batch_size",
     "tokens_per_second": "speed/tokens_per_second",
+    "examples_per_second": "speed/examples_per_second",
     "step_seconds": "speed/step_seconds",
     "mfu": "speed/mfu",
     "hfu": "speed/hfu",
@@ -45,9 +47,9 @@ def tag_of(name: str) -> str | None:
     """A field's place in a group; what else is measured of a model stands beside its loss."""
     if name in GROUPS:
         return GROUPS[name]
-    if name.endswith(("_loss", "_accuracy")):
-        return f"validation/{name.removeprefix('validation_')}" if name.startswith("validation_") else f"train/{name}"
-    return None
+    if name.startswith("validation_") and name != "validation_targets":
+        return f"validation/{name.removeprefix('validation_')}"
+    return f"train/{name}" if name.endswith("_loss") else None
 
 
 class Board:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,10 @@ from parallel.zero import make_engine
 from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError
-from pretrain.models.bert import BERT
-from pretrain.models.gpt import GPT
+from pretrain.models.make import make_model
+from pretrain.sizes import Sizes
 
-Model = GPT | BERT
+Values = Callable[[str, nn.Parameter], torch.Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -46,53 +46,35 @@ class Built:
             stage.train(training)
 
 
-def build(config: Config, grid: Grid, vocab_size: int) -> Built:
-    """The model at its initial weights, ready to train."""
+def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None) -> Built:
+    """The model at its initial weights, ready to train. values: the initial weights, random ones unless given."""
     compiled, why = choose_compile(config, grid)
     dtype = DTYPES[config.precision.compute]
-    backends = Backends(
-        config.kernels.attention, grid.device, dtype, documents=not config.objective.attention_across_documents
-    )
-    stages = build_stages(config, grid, vocab_size, dtype, compiled, backends)
+    objective = config.objective
+    apart = objective.is_task or not objective.attention_across_documents  # padding is kept apart as documents are
+    backends = Backends(config.kernels.attention, grid.device, dtype, documents=apart)
+    stages = build_stages(config, grid, shape, dtype, compiled, backends)
     kernels, passed_over = choose_kernels(config, grid, backends)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
     schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
-    set_weights(engine, lambda path, parameter: initial_values(path, parameter, config.run.seed))
+    set_weights(engine, values or (lambda path, parameter: initial_values(path, parameter, config.run.seed)))
     return Built(stages, schedule, engine, why, kernels, passed_over)
 
 
 def build_stages(
-    config: Config, grid: Grid, vocab_size: int, dtype: torch.dtype, compiled: bool, backends: Backends
+    config: Config, grid: Grid, shape: Sizes, dtype: torch.dtype, compiled: bool, backends: Backends
 ) -> list[Stage]:
     """Raises UserError if the wished backend cannot compute the model's attention."""
     parts = Parts(grid.tensor, grid.context, backends, config.kernels.loss)
     layout = grid.layout
     stages = []
-    for cut in cuts(stage_layers(config, vocab_size), layout.pipeline, grid.stage):
+    for cut in cuts(stage_layers(config, shape.vocab_size), layout.pipeline, grid.stage):
         try:
-            model = make_model(config, parts, vocab_size, cut.layers, cut.first, cut.last)
+            model = make_model(config, parts, shape, cut.layers, cut.first, cut.last)
         except Refused as error:
             raise UserError(f"kernels.attention: {error}") from None
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
-
-
-def make_model(
-    config: Config, parts: Parts, vocab_size: int, layers: range | None = None, first: bool = True, last: bool = True
-) -> Model:
-    """The config's model, or those layers of it and its first or last end."""
-    objective, shape = config.objective, (config.model, parts, vocab_size, config.data.seq_length)
-    options: dict[str, Any] = {
-        "layers": layers,
-        "first": first,
-        "last": last,
-        "recompute": config.parallel.recompute,
-        "label_smoothing": objective.label_smoothing,
-        "z_loss": objective.z_loss,
-    }
-    if config.model.kind == "bert":
-        return BERT(*shape, pairs=objective.pairs != "none", **options)
-    return GPT(*shape, **options)
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[int]:
@@ -100,7 +82,7 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     parallel, model = config.parallel, config.model
     if parallel.layers is not None:
         return parallel.layers
-    head = vocab_size * model.hidden_size / layer_parameters(model)  # products a token: as many as weights
+    head = 0.0 if config.objective.is_task else vocab_size * model.hidden_size / layer_parameters(model)
     return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
 
 

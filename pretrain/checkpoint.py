@@ -144,6 +144,13 @@ def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     return values
 
 
+def read_box(checkpoint: Checkpoint, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """float32 box of one logical tensor. Raises UserError."""
+    values = torch.zeros(size, dtype=torch.float32)
+    _read(checkpoint, [Wanted(name, weight_shapes(checkpoint)[name], offset, values)])
+    return values
+
+
 def _wanted(path: str, parameter: nn.Parameter, first: int, end: int, kind: str, rows: Tensor) -> list[Wanted]:
     return [
         Wanted(tensor_name(name, kind), piece.shape, _offset(piece, begin), rows[begin - first : stop - first])

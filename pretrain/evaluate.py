@@ -22,9 +22,12 @@ from pretrain.data.chunks import Chunks
 from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
+from pretrain.finetuning.tasks import Task
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.objectives.choice import objective_of
+from pretrain.predict import predictions
+from pretrain.tasks.lines import Findings
 from pretrain.validation import result_of
 from pretrain.vocabulary import vocabulary_of
 
@@ -128,6 +131,8 @@ def main(args: Namespace) -> int:
     loaded = load_model(Path(args.run_folder), args.checkpoint)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: give at least 1")
+    if loaded.task is not None:
+        return _print(_task(loaded, loaded.task, args))
     if not isinstance(loaded.model, GPT):
         return _print(_encoder(loaded, args))
     length = loaded.model.max_length
@@ -147,6 +152,23 @@ def main(args: Namespace) -> int:
         "step": loaded.step,
     }
     return _print(result)
+
+
+def _task(loaded: Loaded, task: Task, args: Namespace) -> dict[str, float]:
+    """Metrics on a file of labelled examples, and beside them what is reached without learning."""
+    if args.stride is not None:
+        raise UserError(f"--stride {args.stride}: has no effect on labelled examples; leave it out")
+    path, findings = Path(args.data), Findings(task.config.strict)
+    items = list(task.read(task.config, path, True, findings))
+    lines = list(predictions(loaded, task, iter(items), path, findings, args.batch_size))
+    scores = task.metrics(items, lines)
+    training = Path(str(loaded.config.data.train))
+    if training.is_file():
+        known = list(task.read(task.config, training, True, Findings()))
+        scores |= {f"floor_{name}": value for name, value in task.floor(known, items).items() if name in scores}
+    for text in findings.sentences():
+        print(f"note: {text}", file=sys.stderr)
+    return {**scores, "examples": len(items), "step": loaded.step}
 
 
 def _encoder(loaded: Loaded, args: Namespace) -> dict[str, float]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config.model import parameter_count
 from pretrain.data import manifest as manifests
 from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import run_labels, task_of
 from pretrain.metrics import read_metrics
 from pretrain.runs import CONFIG, run_config, run_tokenizer
+from pretrain.sizes import Sizes, parameters_of
 from pretrain.vocabulary import vocabulary_of
 
 
@@ -80,8 +81,12 @@ def _run(path: Path, console: Console) -> int:
     from pretrain import checkpoint  # imports torch, which shards do without
 
     config, tokenizer = run_config(path), run_tokenizer(path)
-    shape = config.model, vocabulary_of(config, tokenizer).size, config.data.seq_length
-    count = parameter_count(*shape, pairs=config.objective.pairs != "none")
+    vocabulary = vocabulary_of(config, tokenizer)
+    shape = Sizes(vocabulary.size)
+    if config.objective.is_task:
+        task = task_of(config, tokenizer, vocabulary, run_labels(path))
+        shape = Sizes(vocabulary.size, task.num_outputs, task.num_rows)
+    count = parameters_of(config, shape)
     console.print(f"{path}: {config.model.kind}, {count:,} parameters, {config.precision.compute}, {_last(path)}")
     table = Table("step", "validation loss", "size", "written by", "hashes")
     losses = {line["step"]: line.get("validation_loss") for line in read_metrics(path)}

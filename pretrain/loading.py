@@ -9,10 +9,14 @@ from kernels.vector_math import settle
 from parallel.grid import pick_device
 from parallel.layers import Parts
 from pretrain import checkpoint
-from pretrain.build import DTYPES, Model, make_model
+from pretrain.build import DTYPES
 from pretrain.config.run import Config
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import run_labels, task_of
+from pretrain.finetuning.tasks import Task
+from pretrain.models.make import Model, make_model
 from pretrain.runs import run_config, run_tokenizer
+from pretrain.sizes import Sizes
 from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import vocabulary_of
 
@@ -22,6 +26,7 @@ class Loaded(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     step: int
+    task: Task | None = None  # that it was fine-tuned for
 
 
 def load_model(run: Path, step: int | None = None) -> Loaded:
@@ -30,10 +35,13 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     config = run_config(run)
     tokenizer = run_tokenizer(run)
     found = find_checkpoint(run, step)
-    model = make_model(config, Parts(), vocabulary_of(config, tokenizer).size)
+    vocabulary = vocabulary_of(config, tokenizer)
+    task = task_of(config, tokenizer, vocabulary, run_labels(run)) if config.objective.is_task else None
+    shape = Sizes(vocabulary.size) if task is None else Sizes(vocabulary.size, task.num_outputs, task.num_rows)
+    model = make_model(config, Parts(), shape)
     checkpoint.load_weights(found, model)
     model.to(pick_device(), DTYPES[config.precision.compute]).eval()
-    return Loaded(config, model, tokenizer, found.state.step)
+    return Loaded(config, model, tokenizer, found.state.step, task)
 
 
 def find_checkpoint(run: Path, step: int | None) -> checkpoint.Checkpoint:

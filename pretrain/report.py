@@ -42,6 +42,8 @@ class Facts(NamedTuple):
     compiled: str
     kernels: str
     passed_over: list[str]
+    start: str = ""  # where the weights are from, unless they are random
+    findings: tuple[str, ...] = ()  # what was mended or left out of the data
 
 
 class Silent:
@@ -89,10 +91,10 @@ class Silent:
 
 
 class Rates:
-    """Time, tokens and waiting of the steps since the last report."""
+    """Time, tokens (or examples) and waiting of the steps since the last report."""
 
-    def __init__(self) -> None:
-        self.warm = False
+    def __init__(self, unit: str) -> None:
+        self.warm, self.unit = False, unit
         self.started = self.clear()
 
     def clear(self) -> float:
@@ -111,7 +113,7 @@ class Rates:
         if not self.steps:
             return {}
         return {
-            "tokens_per_second": self.tokens / self.seconds,
+            f"{self.unit}_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "data_seconds": self.waited / self.steps,
         }
@@ -126,7 +128,9 @@ class Reporter(Silent):
         self.terminal = Terminal(facts.total_steps)
         self.metrics: Metrics | None = None
         self.board: Board | None = None
-        self.rates = Rates()
+        self.unit = "examples" if config.objective.is_task else "tokens"
+        self.rates = Rates(self.unit)
+        self.criterion = "validation error" if config.objective.is_task else "validation loss"
         self.session, self.trained, self.trained_seconds = time.perf_counter(), 0, 0.0
         self.latest: dict[str, float] = {}
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged
@@ -166,7 +170,11 @@ class Reporter(Silent):
             f"{facts.compiled}, on {where}, layout {self.grid.layout}"
         )
         folders = ", ".join(config.data.train_folders)
-        yield f"{facts.total_steps:,} steps, {short(facts.total_tokens)} tokens ({epochs:.2f} epochs of {folders})"
+        size = short(facts.total_tokens / (1 if self.unit == "tokens" else config.data.seq_length))
+        yield f"{facts.total_steps:,} steps, {size} {self.unit} ({epochs:.2f} epochs of {folders})"
+        if facts.start:
+            yield facts.start
+        yield from facts.findings
         yield f"kernels: {facts.kernels}"
         for reason in facts.passed_over:
             yield f"  not {reason}"
@@ -188,7 +196,7 @@ class Reporter(Silent):
         rates = self.rates.fields()
         fields |= {**rates, **self.saves, "memory_bytes": self._memory()}
         self.saves = {}
-        if rates and self.peak:
+        if rates and self.peak and self.unit == "tokens":
             fields |= {name: rates["tokens_per_second"] * flops / self.peak for name, flops in self.flops.items()}
         self.trained += self.rates.tokens
         self.trained_seconds += self.rates.seconds
@@ -215,7 +223,7 @@ class Reporter(Silent):
 
     def validation(self, step: int, tokens: int, result: Result) -> None:
         assert self.metrics is not None
-        fields = {"step": step, "tokens": tokens, "validation_loss": result.loss}
+        fields = {"step": step, **({"tokens": tokens} if self.unit == "tokens" else {}), "validation_loss": result.loss}
         fields |= {f"validation_{name}": score for name, score in result.scores.items()}
         fields |= {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
         self.metrics.write({**fields, "validation_targets": result.targets})
@@ -263,13 +271,13 @@ class Reporter(Silent):
             "reason": reason,
             "step": state.step,
             "samples": state.samples,
-            "tokens": state.samples * self.config.data.seq_length,
+            **({"tokens": state.samples * self.config.data.seq_length} if self.unit == "tokens" else {}),
             "parameters": self.facts.parameters,
             "loss": self.latest.get("loss"),
             "validation_loss": last,
-            "best_validation_loss": state.best_loss,
+            f"best_{self.criterion.replace(' ', '_')}": state.best_loss,
             "best_step": state.best_step,
-            "tokens_per_second": speed,
+            f"{self.unit}_per_second": speed,
             "session_seconds": time.perf_counter() - self.session,
             **self.saves,
         }
@@ -288,11 +296,12 @@ class Reporter(Silent):
     def _farewell(
         self, state: State, reason: str, first: float | None, last: float | None, speed: float | None
     ) -> Iterator[str]:
-        told = f", {speed:,.0f} tokens/s" if speed else ""
+        told = f", {speed:,.0f} {self.unit}/s" if speed else ""
         if reason == "finished":
-            yield f"finished: {state.step:,} steps, {short(state.samples * self.config.data.seq_length)} tokens{told}"
+            count = state.samples * (self.config.data.seq_length if self.unit == "tokens" else 1)
+            yield f"finished: {state.step:,} steps, {short(count)} {self.unit}{told}"
         if reason == "early-stop":
-            best = f"the best validation loss was {state.best_loss:.4f} at step {state.best_step}"
+            best = f"the best {self.criterion} was {state.best_loss:.4f} at step {state.best_step}"
             yield f"stopped early at step {state.step:,}: {best}"
         if reason == "diverged":
             yield (

@@ -13,6 +13,8 @@ from parallel.layout import layout_problems
 from pretrain.config.load import dump_config, load_config, problem_error, resume_problems, shapes_of
 from pretrain.config.run import Config
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import LABELS, keep_labels
+from pretrain.inherit import with_initial
 from pretrain.tokenization.foreign import FILES, load_tokenizer
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from pretrain.tokenization.base import Tokenizer
 
 CONFIG = "config.yaml"
+IMPORTED = "initial"  # inside a run's folder: the model of Hugging Face's that it started from
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -35,6 +38,8 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
         config = load_config(path / CONFIG, [f"run.dir={json.dumps(str(path))}", *overrides])
     else:
         config = load_config(path, overrides)
+        saved = load_config(Path(config.run.dir) / CONFIG) if (Path(config.run.dir) / CONFIG).is_file() else None
+        config = with_initial(config, saved)
     problems = layout_problems(config.parallel, shapes_of(config), world)
     folder = Path(config.run.dir)
     if (folder / CONFIG).is_file() and any((folder / CHECKPOINTS).glob("step-*")):
@@ -59,7 +64,7 @@ def _foreign(folder: Path) -> bool:
     if (folder / CONFIG).is_file() and (has_tokenizer or (folder / CHECKPOINTS).is_dir()):
         return False
     # The launcher opens logs/ before the run begins, and one that was killed as it began has left no more than the rest.
-    ours = {"logs", *FILES, *(_partial(folder / name).name for name in (*FILES, CONFIG))}
+    ours = {"logs", IMPORTED, LABELS, *FILES, *(_partial(folder / name).name for name in (*FILES, CONFIG))}
     return any(path.name not in ours for path in folder.iterdir())
 
 
@@ -71,6 +76,8 @@ def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             keep_tokenizer(folder, sources.tokenizer)
+            if sources.task is not None:
+                _write_whole(folder / LABELS, keep_labels(sources.task))
             _write_whole(folder / CONFIG, dump_config(config).encode())
         except OSError as error:
             problem = f"run.dir: {folder} cannot be written: {error}"

@@ -45,8 +45,10 @@ class Terminal:
         if self.live is None:
             numbers += [f"grad norm {fields['grad_norm']:.3f}", f"lr {fields['learning_rate']:.2e}"]
         eta = "-:--:--"
-        if "tokens_per_second" in fields:
-            numbers.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
+        for unit in ("tokens", "examples"):
+            if f"{unit}_per_second" in fields:
+                numbers.append(f"{fields[f'{unit}_per_second']:,.0f} {unit}/s")
+        if "step_seconds" in fields:
             eta = clock((self.total - fields["step"]) * fields["step_seconds"])
         if "mfu" in fields:
             numbers.append(f"MFU {fields['mfu']:.1%}")

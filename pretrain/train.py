@@ -25,21 +25,26 @@ from pretrain import checkpoint, runs
 from pretrain.build import Built, build
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
-from pretrain.config.model import parameter_count
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
 from pretrain.errors import UserError
+from pretrain.finetuning.examples import ExampleStream
+from pretrain.finetuning.judging import Judge
+from pretrain.finetuning.opening import class_weights
 from pretrain.generate import Sampling, sample_text
 from pretrain.heartbeat import Heartbeat
+from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
-from pretrain.objectives.batch import Batch, MaskedBatch
-from pretrain.objectives.choice import objective_of
+from pretrain.objectives.batch import AnyBatch
+from pretrain.objectives.choice import Objective, labelled_of, objective_of
+from pretrain.objectives.labelled import Labelled
 from pretrain.profile import Unprofiled
 from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
+from pretrain.sizes import parameters_of
 from pretrain.validation import Validation
 
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -50,7 +55,7 @@ class StepData(NamedTuple):
 
     numbers: np.ndarray  # sample numbers (n,)
     tokens: np.ndarray  # (n, S + 1), with those of further samples behind them (n, 2 (S + 1))
-    batches: list[Batch | MaskedBatch]  # the same as micro-batches
+    batches: list[AnyBatch]  # the same as micro-batches
     size: int  # sequences of the step over all ranks
     targets: list[float]  # targets of each term of the loss that count, over all ranks
     stop: bool  # some rank was asked to stop
@@ -91,15 +96,31 @@ class Run:
         self.folder = Path(config.run.dir)
         self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
-        self.objective = objective_of(config, self.tokenizer, sources.vocabulary, sources.train.lanes)
-        self.built: Built = build(config, grid, sources.vocabulary.size)
+        self.objective = self._objective()
+        self.start = start_of(config, grid)
+        self.built: Built = build(config, grid, sources.sizes, self.start.values)
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)
-        self.validation = Validation(config, grid, self.objective, sources.validation) if sources.validation else None
+        self.validation = self._validation()
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
+
+    def _objective(self) -> Objective:
+        config, sources = self.config, self.sources
+        if isinstance(sources.train, ExampleStream):
+            weights = class_weights(sources.train.task, sources.train.examples)
+            return labelled_of(config, sources.train.task, weights)
+        return objective_of(config, self.tokenizer, sources.vocabulary, sources.train.lanes)
+
+    def _validation(self) -> Validation | Judge | None:
+        config, sources = self.config, self.sources
+        if isinstance(self.objective, Labelled):
+            assert sources.task is not None
+            held_out = sources.examples
+            return None if held_out is None else Judge(config, self.grid, sources.task, self.objective, held_out)
+        return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -195,7 +216,7 @@ class Run:
         return self.plan.due(every, self.before.step, self.state.step)
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
-        self.reporter.step_done(data.size * self.config.data.seq_length, data.waited)
+        self.reporter.step_done(data.size * (1 if self.sources.task else self.config.data.seq_length), data.waited)
         self.tell_saved()
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
@@ -203,7 +224,7 @@ class Run:
         losses, digest = self.global_facts(data, loss)
         self.reporter.log(
             step=self.state.step,
-            tokens=self.state.samples * self.config.data.seq_length,
+            **({} if self.sources.task else {"tokens": self.state.samples * self.config.data.seq_length}),
             samples=self.state.samples,
             loss=sum(losses.values()),
             **({f"{term}_loss": mean for term, mean in losses.items()} if len(losses) > 1 else {}),
@@ -238,10 +259,10 @@ class Run:
         with self.reporter.pause():
             result = self.validation.run(self.built.schedule)
         lowest = math.inf if self.state.best_loss is None else self.state.best_loss
-        best = result.loss < lowest  # never one that is not a number
+        best = result.criterion < lowest  # never one that is not a number
         self.state = dataclasses.replace(
             self.state,
-            best_loss=result.loss if best else self.state.best_loss,
+            best_loss=result.criterion if best else self.state.best_loss,
             best_step=self.state.step if best else self.state.best_step,
             validations_since_best=0 if best else self.state.validations_since_best + 1,
         )
@@ -375,15 +396,17 @@ class Run:
             self.reporter.warn(f"monitor.sample_every has no effect under {layout}: no process can run all layers")
 
     def facts(self) -> Facts:
-        model, stream = self.config.model, self.sources.train
-        vocab_size, length = self.sources.vocabulary.size, self.config.data.seq_length
+        sources = self.sources
+        parts = [part for part in (getattr(sources.train, "examples", None), sources.examples) if part is not None]
         return Facts(
-            parameters=parameter_count(model, vocab_size, length, self.config.objective.pairs != "none"),
-            vocab_size=vocab_size,
-            samples_per_epoch=stream.samples_per_epoch,
+            parameters=parameters_of(self.config, sources.sizes),
+            vocab_size=sources.vocabulary.size,
+            samples_per_epoch=sources.train.samples_per_epoch,
             total_steps=self.plan.total_steps,
             total_tokens=self.plan.tokens_before(self.plan.total_steps),
             compiled=self.built.compiled,
             kernels=self.built.kernels,
             passed_over=self.built.passed_over,
+            start=self.start.told,
+            findings=tuple(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()),
         )

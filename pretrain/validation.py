@@ -14,7 +14,7 @@ from parallel.schedules import Schedule
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
 from pretrain.objectives.batch import Batch, MaskedBatch
-from pretrain.objectives.choice import Objective
+from pretrain.objectives.choice import TextObjective
 
 
 class Result(NamedTuple):
@@ -22,6 +22,11 @@ class Result(NamedTuple):
     bits_per_byte: float | None  # of the text behind the targets; None where these are but a part of it
     targets: int  # of the first term
     scores: dict[str, float]  # what else was measured: accuracies, and the terms' losses where there are several
+    error: float | None = None  # by which the best step is chosen, the lower the better; None: by the loss
+
+    @property
+    def criterion(self) -> float:
+        return self.loss if self.error is None else self.error
 
 
 class Validation:
@@ -30,7 +35,7 @@ class Validation:
     Every rank runs the same number of micro-batches of the same shape; what is missing in the last ones is masked.
     """
 
-    def __init__(self, config: Config, grid: Grid, objective: Objective, stream: Stream) -> None:
+    def __init__(self, config: Config, grid: Grid, objective: TextObjective, stream: Stream) -> None:
         self.config, self.grid, self.objective, self.stream = config, grid, objective, stream
         wanted = config.monitor.validation_samples
         self.samples = min(wanted or stream.samples_per_epoch, stream.samples_per_epoch)
@@ -64,7 +69,7 @@ class Validation:
         return batch.without(torch.from_numpy(past)).to(self.grid.device)
 
 
-def result_of(objective: Objective, sums: list[float], counts: list[float], stream: Stream | None) -> Result:
+def result_of(objective: TextObjective, sums: list[float], counts: list[float], stream: Stream | None) -> Result:
     """sums: of the terms' losses, then of how many of each are right; counts: the terms' targets; stream: whose every token
     is a target."""
     means = [one / max(count, 1.0) for one, count in zip(sums, [*counts, *counts], strict=False)]

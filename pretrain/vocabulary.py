@@ -1,4 +1,4 @@
-"""The ids of a model: its tokenizer's, and behind them those that its objective needs and the tokenizer has not."""
+"""The ids of a model: its tokenizer's, and behind them those that its kind needs and the tokenizer has not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.tokenization.base import Tokenizer
 
-NEEDED = {"causal": (), "masked": ("mask", "cls", "sep")}
+NEEDED = {"gpt": (), "bert": ("mask", "cls", "sep")}
 
 
 class Vocabulary(NamedTuple):
@@ -19,7 +19,7 @@ class Vocabulary(NamedTuple):
 def vocabulary_of(config: Config, tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError where model.vocab_size has too few rows."""
     special = dict(tokenizer.special)
-    missing = [name for name in NEEDED[config.objective.kind] if name not in special]
+    missing = [name for name in NEEDED[config.model.kind] if name not in special]
     special |= {name: tokenizer.vocab_size + place for place, name in enumerate(missing)}
     least, wanted = tokenizer.vocab_size + len(missing), config.model.vocab_size
     if wanted is not None and wanted < least:

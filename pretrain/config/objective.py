@@ -26,9 +26,12 @@ OF_KINDS: dict[str, tuple[str, ...]] = {  # objectives -> the fields that are th
 class ObjectiveConfig(Section):
     """The training objective."""
 
-    kind: Literal["causal", "masked"] = meaning(
+    kind: Literal[
+        "causal", "masked", "classification", "regression", "multiple-choice", "tagging", "question-answering"
+    ] = meaning(
         "causal",
-        "causal: each position predicts the next token; masked: those hidden are predicted from both sides (BERT)",
+        "causal (GPT) or masked (BERT) on text; on labelled examples classification, regression, multiple-choice, tagging "
+        "or question-answering",
     )
     loss_across_documents: bool = meaning(
         True, "causal: whether a document's first token, predicted from the one before, counts"

@@ -43,6 +43,11 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
+    @property
+    def data_seed(self) -> int:
+        """Of the data's order."""
+        return self.run.seed if self.data.seed is None else self.data.seed
+
     def _kind_problems(self) -> Iterator[Problem]:
         model, objective = self.model.kind, self.objective.kind
         unknown = self.model.initial is not None and "kind" not in self.model.model_fields_set

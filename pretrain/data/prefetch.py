@@ -17,6 +17,7 @@ from pretrain.data.order import rank_numbers
 
 if TYPE_CHECKING:
     from pretrain.data.stream import Also, Stream
+    from pretrain.finetuning.examples import ExampleStream
 
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # numbers (B,), tokens (B, T + 1), both int64
 Item = tuple[Batch | None, BaseException | None]
@@ -93,7 +94,7 @@ def _work(
 
 
 def prefetch(
-    stream: Stream,
+    stream: Stream | ExampleStream,
     plan: Iterator[tuple[int, int]],
     rank: int,
     world: int,

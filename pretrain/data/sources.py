@@ -5,38 +5,85 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
+from pretrain.finetuning.examples import Examples, ExampleStream
+from pretrain.finetuning.opening import open_examples
+from pretrain.finetuning.tasks import Task
+from pretrain.inherit import initial_tokenizer
+from pretrain.runs import CONFIG, run_tokenizer
+from pretrain.sizes import Sizes
 from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import FILES
 from pretrain.vocabulary import Vocabulary, vocabulary_of
 
 
 @dataclass(frozen=True)
 class Sources:
-    train: Stream
+    """Text in shards; or, of a `task`, labelled examples, of which those held out are `examples`."""
+
+    train: Stream | ExampleStream
     validation: Stream | None
     tokenizer: Tokenizer
     vocabulary: Vocabulary
+    task: Task | None = None
+    examples: Examples | None = None
 
     @classmethod
     def open(cls, config: Config) -> Sources:
-        """Raises UserError for whatever is wrong with the shards or does not fit the model."""
-        data, seed = config.data, config.run.seed
+        """Raises UserError for whatever is wrong with the data or does not fit the model."""
+        if config.objective.is_task:
+            return cls._of_examples(config)
+        data, seed = config.data, config.data_seed
         train = Stream(data.train_folders, data.seq_length, seed, data.lanes, data.window, weights=data.weights)
         validation = None
         if data.validation is not None:
             validation = Stream([data.validation], data.seq_length, seed, shuffle=False)
             _check_tokenizers(train, validation)
         tokenizer = train.manifests[0].tokenizer()
+        if config.model.initial is not None:
+            _check_initial(tokenizer, config.model.initial)
         return cls(train, validation, tokenizer, vocabulary_of(config, tokenizer))
+
+    @classmethod
+    def _of_examples(cls, config: Config) -> Sources:
+        tokenizer = _kept_tokenizer(config)
+        vocabulary = vocabulary_of(config, tokenizer)
+        task, train, held_out = open_examples(config, tokenizer, vocabulary)
+        return cls(ExampleStream(task, train, config.data_seed), None, tokenizer, vocabulary, task, held_out)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What of the model the data decide."""
+        if self.task is None:
+            return Sizes(self.vocabulary.size)
+        return Sizes(self.vocabulary.size, self.task.num_outputs, self.task.num_rows)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of both recipes: the same exactly when every sample number has the same tokens."""
         recipes = [stream.fingerprint for stream in (self.train, self.validation) if stream is not None]
+        recipes += [self.examples.digest] if self.examples is not None else []
         return hashlib.sha256(" ".join(recipes).encode()).hexdigest()
+
+
+def _kept_tokenizer(config: Config) -> Tokenizer:
+    """Of a run that has begun its own, else of the model that it starts from."""
+    run = Path(config.run.dir)
+    if (run / CONFIG).is_file() and any((run / name).is_file() for name in FILES):
+        return run_tokenizer(run)
+    assert config.model.initial is not None
+    return initial_tokenizer(config.model.initial)
+
+
+def _check_initial(tokenizer: Tokenizer, initial: str) -> None:
+    if tokenizer.sha256 != initial_tokenizer(initial).sha256:
+        raise UserError(
+            f"model.initial: {initial} has another tokenizer than the shards; prepare them with --tokenizer {initial}"
+        )
 
 
 def _check_tokenizers(train: Stream, validation: Stream) -> None:

@@ -56,6 +56,7 @@ class Sample(NamedTuple):
     rows: tuple[Sequence, ...]
     targets: Array
     about: Any = None  # what the task needs to read the outputs
+    window: int = 0  # number of the sample among its item's
 
 
 class Task(ABC):
@@ -246,11 +247,11 @@ class Tagging(Task):
         room = self.form.length - self.form.num_special(1)
         found = windows(len(ids), room, min(self.config.overlap, room - 1))
         made = []
-        for start, end in found:
+        for window, (start, end) in enumerate(found):
             sequence = self.form.joined([ids[start:end]])
             row = np.full(len(sequence.ids), IGNORED)
             row[sequence.begins[0] :][: end - start] = targets[start:end]
-            made.append(Sample(number, (sequence,), row, (first, len(ids), (start, end))))
+            made.append(Sample(number, (sequence,), row, (first, len(ids), (start, end)), window))
         return made
 
     def prediction(self, item: Any, samples: Many[Sample], outputs: Many[Array]) -> dict[str, Any]:
@@ -300,11 +301,11 @@ class QuestionAnswering(Task):
         if answer is not None:
             span = span_of_answer(places[:, 0], places[:, 1], answer.start, answer.start + len(answer.text))
         made = []
-        for window in windows(len(ids), room, self.config.overlap):
+        for count, window in enumerate(windows(len(ids), room, self.config.overlap)):
             sequence = self.form.joined([question, ids[window[0] : window[1]]])
             inside = within(span, window)
             ends = np.array([0, 0] if inside is None else [sequence.begins[1] + place for place in inside])
-            made.append(Sample(number, (sequence,), ends if item.answers else np.zeros(2, np.int64), (places, window)))
+            made.append(Sample(number, (sequence,), ends, (places, window), count))
         return made
 
     def prediction(self, item: Any, samples: Many[Sample], outputs: Many[Array]) -> dict[str, Any]:

@@ -149,6 +149,9 @@ class Both(Option):
         return self.reader(theirs)
 
 
+DECODER = (Ours("kind", "gpt"), Ours("segments", 0), Ours("embedding_norm", False))  # options of every decoder
+
+
 def _listed(values: Iterable[Any]) -> str:
     return " or ".join(map(repr, values))
 
@@ -183,7 +186,8 @@ class Row:
 class Architecture:
     """A `model_type`. class_name: written to config.json; base_names: classes whose tensors lack `prefix`, read as well.
     ignored: patterns of tensors that are in old files and hold no weights. unsaid: options of ours that do not change what
-    the model computes, and that theirs has no place for: left out, with a word."""
+    the model computes, and that theirs has no place for: left out, with a word. optional: beginnings of
+    ours that a folder may lack, all heads."""
 
     model_type: str
     class_name: str
@@ -193,6 +197,7 @@ class Architecture:
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def config(self, ours: Settings) -> Json:
         """config.json without what the tokenizer adds. Raises Inexpressible."""
@@ -234,7 +239,9 @@ def settings_of(model: ModelConfig, vocab_size: int, length: int) -> Settings:
     """Our options with the values that they take effect with. length: positions that the model was made for."""
     windows = [model.window(layer) for layer in range(model.num_layers)]
     return {
-        **model.model_dump(),
+        **model.model_dump(exclude={"initial", "reset"}),
+        "segments": model.num_segments,
+        "embedding_norm": model.has_embedding_norm,
         "vocab_size": vocab_size,
         "max_positions": max(length, model.max_positions or 0),
         "num_kv_heads": model.kv_heads,

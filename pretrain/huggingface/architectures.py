@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from pretrain.errors import UserError
 from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Settings
+from pretrain.huggingface.bert import BERT
 from pretrain.huggingface.gpt2 import GPT2
 from pretrain.huggingface.llama import LLAMA, MISTRAL
 from pretrain.huggingface.neox import NEOX
 
-KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX)
+KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX, BERT)
 
 
 def architecture_of(ours: Settings) -> tuple[Architecture, Json]:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from pretrain.huggingface.architecture import Architecture, Both, Choice, Equal, Json, Ours, Row, Same, Settings, Theirs
+from pretrain.huggingface.architecture import (
+    DECODER,
+    Architecture,
+    Both,
+    Choice,
+    Equal,
+    Json,
+    Ours,
+    Row,
+    Same,
+    Settings,
+    Theirs,
+)
 
 
 def _write_inner(ours: Settings) -> Json:
@@ -19,6 +31,7 @@ GPT2 = Architecture(
     base_names=("GPT2Model",),
     prefix="transformer.",
     options=(
+        *DECODER,
         Same("vocab_size", "vocab_size", 50257),
         Same("max_positions", "n_positions", 1024),
         Same("hidden_size", "n_embd", 768),

@@ -26,10 +26,11 @@ from pretrain.huggingface.architectures import read_architecture
 from pretrain.huggingface.forms import Shape, joined_shape, take
 from pretrain.huggingface.progress import Bar
 from pretrain.huggingface.tensors import Planned, Weights, parts_of, read_limited, write_file
-from pretrain.models.gpt import GPT
+from pretrain.models.make import make_model
 from pretrain.opening import State, folder_of, open_checkpoint
 from pretrain.runs import CHECKPOINTS, CONFIG, keep_tokenizer
 from pretrain.saving import write_manifest
+from pretrain.sizes import Sizes
 from pretrain.storage import Entry, Written, file_name
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer
@@ -47,6 +48,7 @@ def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: C
     config = _config(settings, found, run, path)
     with Weights(folder) as weights:
         planned = plan(architecture, config, settings["vocab_size"], weights)
+        config = _with_heads(config, {tensor.name for tensor in planned})
         with whole_folder(run, (CONFIG, CHECKPOINTS, *FILES), say) as draft:
             (draft / CONFIG).write_text(dump_config(config))
             keep_tokenizer(draft, found)
@@ -69,7 +71,17 @@ def _config(settings: Settings, tokenizer: Tokenizer, run: Path, path: Path) -> 
         "run": {"dir": str(run)},
     }
     values["precision"] = {"compute": "fp32"}
+    values["objective"] = {"kind": "causal" if settings["kind"] == "gpt" else "masked"}
     return checked_config(values, f"{path}: this model cannot be one of ours")
+
+
+def _with_heads(config: Config, names: set[str]) -> Config:
+    """An encoder's objective is that whose heads are there."""
+    if config.model.causal:
+        return config
+    pairs = "next" if "pair_head.weight" in names else "none"
+    objective = config.objective.model_copy(update={"pairs": pairs})
+    return config.model_copy(update={"objective": objective})
 
 
 def plan(architecture: Architecture, config: Config, vocab_size: int, weights: Weights) -> list[Planned]:
@@ -84,6 +96,8 @@ def plan(architecture: Architecture, config: Config, vocab_size: int, weights: W
     planned = []
     for row in rows:
         parts = [shapes[name] for name in row.ours]
+        if row.theirs not in names and all(name.startswith(architecture.optional) for name in row.ours):
+            continue
         if row.theirs not in names:
             raise UserError(f"{weights.folder}: lacks the tensor {row.theirs}.")
         stored = names.pop(row.theirs)
@@ -104,7 +118,8 @@ def _taken(row: Row, name: str, stored: str, parts: list[Shape], weights: Weight
 def _shapes(config: Config, vocab_size: int) -> dict[str, Shape]:
     """Of our logical tensors."""
     with torch.device("meta"):
-        model = GPT(config.model, Parts(), vocab_size, config.data.seq_length)
+        objective = config.objective if config.model.causal else config.objective.model_copy(update={"pairs": "next"})
+        model = make_model(config.model_copy(update={"objective": objective}), Parts(), Sizes(vocab_size))
     return {name: piece.shape for name, piece, _ in logical_tensors(model)}
 
 
@@ -129,5 +144,10 @@ def main(args: Namespace) -> int:
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
     config = import_folder(Path(args.folder), run, tokenizer, lambda line: print(line, file=sys.stderr))
     print(f"{run}: {config.model.kind} of {config.model.num_layers} layers, {config.model.hidden_size} wide")
-    print(f"next: python -m pretrain generate {run} --prompt TEXT")
+    if config.model.causal:
+        print(f"next: python -m pretrain generate {run} --prompt TEXT")
+    else:
+        print(
+            f"next: python -m pretrain train configs/finetune/classification.yaml model.initial={run} data.train=FILE"
+        )
     return 0

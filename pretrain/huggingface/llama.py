@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.huggingface.architecture import (
+    DECODER,
     Architecture,
     Both,
     Choice,
@@ -74,6 +75,7 @@ LLAMA = Architecture(
     base_names=("LlamaModel",),
     prefix="model.",
     options=(
+        *DECODER,
         *COMMON,
         Both(_write_biases, _read_biases),
         Ours("attention_window", None),
@@ -89,6 +91,7 @@ MISTRAL = Architecture(
     base_names=("MistralModel",),
     prefix="model.",
     options=(
+        *DECODER,
         *COMMON,
         Ours("biases", False),
         Both(lambda ours: {"sliding_window": _one_window(ours)}, _read_window),

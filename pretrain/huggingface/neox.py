@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from pretrain.huggingface.architecture import Architecture, Both, Choice, Equal, Json, Ours, Row, Same, Settings, Theirs
+from pretrain.huggingface.architecture import (
+    DECODER,
+    Architecture,
+    Both,
+    Choice,
+    Equal,
+    Json,
+    Ours,
+    Row,
+    Same,
+    Settings,
+    Theirs,
+)
 from pretrain.huggingface.rope import read_rope, write_rope
 
 
@@ -21,6 +33,7 @@ NEOX = Architecture(
     base_names=("GPTNeoXModel",),
     prefix="gpt_neox.",
     options=(
+        *DECODER,
         Same("vocab_size", "vocab_size", 50432),
         Same("max_positions", "max_position_embeddings", 2048),
         Same("hidden_size", "hidden_size", 6144),

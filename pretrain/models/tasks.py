@@ -76,7 +76,7 @@ class TaskModel(Stack):
         outputs = self._outputs(x, sample_keys, places, documents)
         if not self.training:
             return outputs
-        loss = self._losses(outputs, targets) * mask
+        loss = losses(self.kind, outputs, targets, self.label_smoothing) * mask
         return loss.sum(dtype=outputs.dtype)[None] * float(self.parts.context.rank == 0)
 
     def _outputs(self, x: Tensor, keys: Tensor, places: Tensor, documents: Tensor) -> Tensor:
@@ -96,21 +96,22 @@ class TaskModel(Stack):
         missing = documents[:, :1, None] > 0  # an example with fewer choices than others
         return torch.where(missing, NOWHERE, found).view(-1, self.num_rows, 1)
 
-    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Shaped as the targets' weights."""
-        if self.kind == "regression":
-            return (outputs[..., 0] - targets).square()
-        if self.kind == "question-answering":  # the mean of the two ends' losses
-            return F.cross_entropy(outputs, targets, reduction="none").mean(dim=1, keepdim=True)
-        if self.kind == "multiple-choice":
-            return F.cross_entropy(outputs[..., 0], targets[:, 0], reduction="none")[:, None]
-        classes = outputs.transpose(1, 2)
-        return F.cross_entropy(classes, targets, reduction="none", label_smoothing=self.label_smoothing)
-
     def _drop(self, x: Tensor, keys: Tensor) -> Tensor:
         """In the coordinates of the whole sequence; of a single state in its first row."""
         rate = self.config.residual_dropout_rate if self.training else 0.0
         return dropout(x, rate, keys, SITES * self.config.num_layers + SITES - 1)
+
+
+def losses(kind: str, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Of each target, shaped as the targets' weights. outputs and targets: as `TaskModel.forward` gives and takes them."""
+    if kind == "regression":
+        return (outputs[..., 0] - targets).square()
+    if kind == "question-answering":  # the mean of the two ends' losses
+        return F.cross_entropy(outputs, targets, reduction="none").mean(dim=1, keepdim=True)
+    if kind == "multiple-choice":
+        return F.cross_entropy(outputs[..., 0], targets[:, 0], reduction="none")[:, None]
+    classes = outputs.transpose(1, 2)
+    return F.cross_entropy(classes, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -6,20 +6,29 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config.run import Config
+from pretrain.finetuning.tasks import Task
 from pretrain.objectives.causal import Causal
+from pretrain.objectives.labelled import Labelled
 from pretrain.objectives.masked import Masked, Symbols
 from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary
 
-Objective = Causal | Masked
+TextObjective = Causal | Masked
+Objective = TextObjective | Labelled
 SENTENCE_ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")
 
 
-def objective_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, lanes: int) -> Objective:
+def objective_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, lanes: int) -> TextObjective:
     """lanes: of the order that its sample numbers are from."""
     if config.objective.kind == "causal":
         return Causal(config.objective, tokenizer.eos, config.run.seed)
     return Masked(config.objective, symbols_of(tokenizer, vocabulary), config.run.seed, lanes)
+
+
+def labelled_of(config: Config, task: Task, weights: list[float] | None) -> Labelled:
+    """weights: of the classes."""
+    held = None if weights is None else torch.tensor(weights)
+    return Labelled(config.objective.kind, config.run.seed, task.num_rows, held, at_end=config.model.causal)
 
 
 def symbols_of(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Symbols:

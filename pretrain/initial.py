@@ -1,0 +1,85 @@
+"""What a run starts from that is not made of random numbers: the shape, tokenizer and weights of `model.initial`.
+
+A folder of Hugging Face's is first made a run of ours, inside the new run's folder. Weights are found by their canonical
+names, so any layout starts from any other's checkpoint; those of a head that the task does not have are left, one that the
+initial model does not have begins at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from parallel.grid import Grid
+from parallel.initial import initial_values
+from parallel.logical import canonical, view
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint, read_box, weight_shapes
+from pretrain.config.run import Config
+from pretrain.errors import UserError
+from pretrain.inherit import is_foreign
+from pretrain.loading import find_checkpoint
+from pretrain.runs import IMPORTED
+
+HEADS = ("task_head.", "pooler.", "transform.", "pair_head.", "head.")
+
+
+class Start(NamedTuple):
+    """values(path, parameter): float32 of a local parameter. told: for people, where they are from; empty: random."""
+
+    values: Callable[[str, nn.Parameter], Tensor]
+    told: str
+
+
+def start_of(config: Config, grid: Grid) -> Start:
+    """Where the weights begin. Collective; raises UserError on every rank where the initial model lacks some."""
+    seed = config.run.seed
+    if config.model.initial is None or config.model.reset == "all":
+        return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
+    if checkpoint.list_steps(Path(config.run.dir)):  # which is gone on from
+        return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
+    found = _checkpoint(Path(config.model.initial), Path(config.run.dir), grid)
+    shapes, reset = weight_shapes(found), _first_reset(config)
+
+    def values(path: str, parameter: nn.Parameter) -> Tensor:
+        made = initial_values(path, parameter, seed)
+        for piece in parameter.pieces:  # type: ignore[attr-defined]
+            name = canonical(path, piece)
+            if name in shapes and not _is_reset(name, reset):
+                if shapes[name] != piece.shape:
+                    raise UserError(f"{found.folder}: {name} is {shapes[name]}, this model's {piece.shape}")
+                view(made, piece).copy_(read_box(found, name, piece.offset, piece.size))
+            elif not name.startswith(HEADS) and not _is_reset(name, reset):
+                raise UserError(f"{found.folder}: lacks {name}, which this model needs")
+        return made
+
+    return Start(values, f"from {config.model.initial}, step {found.state.step}")
+
+
+def _first_reset(config: Config) -> int:
+    """The first layer that begins at random."""
+    assert config.model.reset != "all"
+    return config.model.num_layers - config.model.reset
+
+
+def _is_reset(name: str, first: int) -> bool:
+    parts = name.split(".")
+    return parts[0] == "blocks" and int(parts[1]) >= first
+
+
+def _checkpoint(initial: Path, run: Path, grid: Grid) -> Checkpoint:
+    problem: str | None = None
+    imported = run / IMPORTED
+    if is_foreign(initial) and grid.rank == 0 and not imported.is_dir():
+        from pretrain.huggingface.importing import import_folder
+
+        try:
+            import_folder(initial, imported, say=lambda line: None)
+        except UserError as error:
+            problem = str(error)
+    if problem := grid.from_first(problem):
+        raise UserError(problem)
+    return find_checkpoint(imported if is_foreign(initial) else initial, None)

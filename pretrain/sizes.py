@@ -1,0 +1,26 @@
+"""What of a model its data decide."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pretrain.config.model import body_parameters, parameter_count, pooler_parameters
+from pretrain.config.run import Config
+
+
+class Sizes(NamedTuple):
+    """Rows of the vocabulary; of a task outputs of a place, and sequences an example."""
+
+    vocab_size: int
+    num_outputs: int = 0
+    num_rows: int = 1
+
+
+def parameters_of(config: Config, shape: Sizes) -> int:
+    """Weights of the model, the vocabulary without padding."""
+    model, objective, length = config.model, config.objective, config.data.seq_length
+    if not objective.is_task:
+        return parameter_count(model, shape.vocab_size, length, objective.pairs != "none")
+    pooled = not model.causal and objective.kind not in ("tagging", "question-answering")
+    head = shape.num_outputs * (model.hidden_size + 1)
+    return body_parameters(model, shape.vocab_size, length) + (pooler_parameters(model) if pooled else 0) + head
