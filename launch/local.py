@@ -45,7 +45,8 @@ def run(source: str, overrides: list[str], processes: int, dry_run: bool = False
     if processes < 1:
         raise UserError(f"--processes: at least 1, not {processes}")
     config = _open(source, overrides)
-    check_layout(config, processes)
+    if config.model.initial is None:  # else its shape is not known here, and the ranks check
+        check_layout(config, processes)
     folder = Path(config.run.dir)
     _check_folder(folder)
     options = [] if profile is None else [f"--profile={profile}"]

@@ -110,7 +110,7 @@ def choose_kernels(config: Config, grid: Grid, backends: Backends) -> tuple[str,
 
 def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter | None:
     """This rank's end of an embedding that the first and the last stage share across the pipeline."""
-    if not config.model.tie_embeddings or grid.layout.pipeline == 1:
+    if not config.model.tie_embeddings or config.objective.is_task or grid.layout.pipeline == 1:
         return None
     if grid.first_stage:
         return stages[0].module.embedding.weight  # type: ignore[union-attr, return-value]

@@ -169,7 +169,7 @@ def parameters(place: Place) -> int:
     count = layer * sum(len(chunk) for chunk in place.chunks)
     matrix = place.classes * model.hidden_size
     ends = [place.first, place.last] if not model.tie_embeddings else [place.first or place.last]
-    count += matrix * sum(ends)
+    count += matrix * (sum(ends) if not place.config.objective.is_task else place.first)
     norm = model.hidden_size * (2 if biased and model.norm == "layer" else 1)
     if place.first:
         table = max(place.config.data.seq_length, model.max_positions or 0) if model.positions == "learned" else 0

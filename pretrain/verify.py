@@ -29,6 +29,7 @@ from pretrain.config.load import load_config, problem_error, shapes_of
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.errors import UserError
+from pretrain.inherit import with_initial
 from pretrain.interrupt import Interrupt
 from pretrain.train import Run
 
@@ -67,7 +68,7 @@ def trace(config: Config, steps: int) -> Trace:
 
 def main(args: Namespace) -> int:
     """Verify the layouts of the command line; 1 if one differs."""
-    source = load_config(args.config, args.overrides)
+    source = with_initial(load_config(args.config, args.overrides))
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: give at least 1")
     config = tiny(source) if args.tiny else source
@@ -104,6 +105,7 @@ def verify(config: Config, cases: Sequence[Case], steps: int, timeout: float) ->
         folder = Path(name)
 
         def run(config: Config, processes: int) -> Trace:
+            config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder / "run")})})
             found: Trace = ranks.run_ranks(processes, trace, config, steps, folder=folder, timeout=timeout)
             return found
 
@@ -196,6 +198,7 @@ def tiny(config: Config) -> Config:
             "ffn_hidden_size": 16 * heads,
             "max_positions": None,
             "attention_window": small if isinstance(windows, list) else small[0],
+            "reset": "all" if model.initial is not None else 0,  # whose weights are of other sizes
         }
     )
     return config.model_copy(

@@ -69,7 +69,8 @@ class Config(Section):
         for name in ("train", "validation"):
             if isinstance(getattr(self.data, name), list):
                 yield Problem(f"data.{name}", "is a list", "name one file of labelled examples")
-        if self.objective.overlap >= self.data.seq_length:
+        windowed = self.objective.kind in ("tagging", "question-answering")
+        if windowed and self.objective.overlap >= self.data.seq_length:
             found = f"{self.objective.overlap} is not below data.seq_length {self.data.seq_length}"
             yield Problem("objective.overlap", found, "lower it")
         sections = {"schedule.total": self.schedule.total, "schedule.warmup": self.schedule.warmup}

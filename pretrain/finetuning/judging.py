@@ -3,6 +3,7 @@ doubled."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from typing import Any
@@ -39,16 +40,17 @@ class Judge:
         """`schedule` drives stages that are not training. Collective."""
         found: list[tuple[int, Array, float, float]] = []
         for places in self._groups():
-            batches = [self._batch(part) for part in places]
+            batches = self._batches(places)
             outputs = schedule.outputs([batch.to(self.grid.device) for batch in batches])
             if self.grid.reads_data:
                 for part, batch, output in zip(places, batches, outputs, strict=True):
                     found += self._kept(part, batch, output.cpu())
-        everyone = sorted((one for part in self.grid.from_all(found) for one in part), key=lambda one: one[0])
-        outputs_of = {place: output for place, output, _, _ in everyone}
-        predictions = list(predicted(self.task, self.items, self.samples, outputs_of))
+        # What stands for samples past the end is the last one again: by its place it counts once.
+        everyone = {one[0]: one for part in self.grid.from_all(found) for one in part}
+        predictions = list(predicted(self.task, self.items, self.samples, {n: one[1] for n, one in everyone.items()}))
         scores = self.task.metrics(self.items, predictions)
-        loss = sum(one[2] for one in everyone) / max(sum(one[3] for one in everyone), 1e-30)
+        losses, weights = (math.fsum(one[part] for one in everyone.values()) for part in (2, 3))
+        loss = losses / max(weights, 1e-30)
         return Result(loss, None, len(everyone), scores, 1.0 - scores[self.task.metric])
 
     def _groups(self) -> Iterator[list[list[int]]]:
@@ -59,23 +61,19 @@ class Judge:
         starts = [(turn * ranks + self.grid.data_rank) * self.micro for turn in range(rounds)]
         parts = [[min(place, count - 1) for place in range(start, start + self.micro)] for start in starts]
         for first in range(0, rounds, stages):
-            group = parts[first : first + stages]
-            yield group
+            yield parts[first : first + stages]
 
-    def _batch(self, places: list[int]) -> TaskBatch:
-        return batch_of(self.objective, self.task, [self.samples[place] for place in places])
+    def _batches(self, places: list[list[int]]) -> list[TaskBatch]:
+        """Padded together: what goes through a pipeline at once has one shape."""
+        samples = [self.samples[place] for part in places for place in part]
+        whole = torch.from_numpy(planes(samples, self.task.num_rows, self.task.form.length))
+        return [self.objective(torch.arange(len(part)), part) for part in whole.split(self.micro)]
 
     def _kept(self, places: list[int], batch: TaskBatch, outputs: Tensor) -> Iterator[tuple[int, Array, float, float]]:
         """Of each of the micro-batch's samples: its place, outputs, loss and the loss's weight."""
         losses, weights = sample_losses(self.task, outputs, batch)
-        seen: set[int] = set()
         for place, output, loss, weight in zip(places, outputs, losses, weights, strict=True):
-            if place not in seen:
-                seen.add(place)
-                yield place, self._short(output), float(loss), float(weight)
-
-    def _short(self, output: Tensor) -> Array:
-        return output.float().numpy()
+            yield place, output.float().numpy(), float(loss), float(weight)
 
 
 def sample_losses(task: Task, outputs: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:

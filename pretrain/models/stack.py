@@ -35,8 +35,11 @@ from pretrain.models.blocks import (
 class Stack(nn.Module):
     """Holds `layers` (global numbers), the embeddings if `first`, the final norm if `last`.
 
-    A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`.
+    A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`, if its
+    head gives a vocabulary.
     """
+
+    gives_vocabulary = True
 
     def __init__(
         self,
@@ -54,7 +57,8 @@ class Stack(nn.Module):
         self.is_first, self.is_last = first, last
         self.max_length = max(seq_length, config.max_positions or 0)
         hidden, scale = config.hidden_size, config.initial_scale
-        if first or (last and config.tie_embeddings):
+        self.tied = config.tie_embeddings and self.gives_vocabulary
+        if first or (last and self.tied):
             self.embedding = parts.embedding(vocab_size, hidden, scale)
         if first and config.positions == "learned":
             self.positions = parts.table(self.max_length, hidden, scale)
@@ -99,7 +103,7 @@ class Stack(nn.Module):
     @property
     def tied_copy(self) -> nn.Parameter | None:
         """This stage's copy of the first stage's embedding, whose gradient the two must sum."""
-        copied = self.is_last and not self.is_first and self.config.tie_embeddings
+        copied = self.is_last and not self.is_first and self.tied
         return self.embedding.weight if copied else None
 
     def states(

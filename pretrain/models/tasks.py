@@ -33,6 +33,8 @@ class TaskModel(Stack):
     stage: of the model, see `Stack`.
     """
 
+    gives_vocabulary = False
+
     def __init__(
         self,
         config: ModelConfig,
