@@ -47,4 +47,5 @@ def write(folder: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print("%d training and %d held-out sentences of docstrings, by package" % write(Path(sys.argv[1])))
+    train, dev = write(Path(sys.argv[1]))
+    print(f"{train:,} training and {dev:,} held-out sentences of docstrings, by package")
