@@ -87,6 +87,12 @@ def _train(args: argparse.Namespace) -> int:
     return session.main(config, sources, args.profile)
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    from pretrain import sweep
+
+    return sweep.main(args)
+
+
 def _predict(args: argparse.Namespace) -> int:
     from pretrain import predict
 
@@ -203,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds a run may be silent (default: 600)"
     )
+    _sweep_options(add)
     _use_options(add)
     _interchange_options(add)
     return top
@@ -257,6 +264,45 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
     command.add_argument(
         "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
+    )
+
+
+def _sweep_options(add: object) -> None:
+    assert callable(add)
+    sweep = add(
+        "sweep",
+        _sweep,
+        "Many runs of one config: seeds, or a search over its fields.",
+        "sweep configs/finetune/classification.yaml --out sweeps/reviews --seeds-weights 5 --seeds-order 5 --keep 8 --at 0.3",
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="a YAML file")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file, in all"
+    )
+    sweep.add_argument("--out", required=True, metavar="DIR", help="new folder, or that of a sweep that was stopped")
+    sweep.add_argument(
+        "--seeds-weights", type=int, default=1, metavar="N", help="seeds of the initial weights (default: 1)"
+    )
+    sweep.add_argument("--seeds-order", type=int, default=1, metavar="N", help="seeds of the data's order (default: 1)")
+    sweep.add_argument(
+        "--first-seed", type=int, default=1, metavar="N", help="the first of either, and of draws (default: 1)"
+    )
+    sweep.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="PATH=VALUES",
+        help="a,b,c; or low..high, low..high:log with --trials",
+    )
+    sweep.add_argument(
+        "--trials", type=int, metavar="N", help="draw so many of the search's values instead of all combinations"
+    )
+    sweep.add_argument("--keep", type=int, metavar="P", help="trials that go on after --at")
+    sweep.add_argument(
+        "--at", type=float, default=0.3, metavar="F", help="with --keep: share of the schedule (default: 0.3)"
+    )
+    sweep.add_argument(
+        "--halving", action="store_true", help="successive halving: a third goes on at each third of the way"
     )
 
 

@@ -225,6 +225,7 @@ class Reporter(Silent):
         assert self.metrics is not None
         fields = {"step": step, **({"tokens": tokens} if self.unit == "tokens" else {}), "validation_loss": result.loss}
         fields |= {f"validation_{name}": score for name, score in result.scores.items()}
+        fields |= {f"floor_validation_{name}": score for name, score in (result.floor or {}).items()}
         fields |= {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
         self.metrics.write({**fields, "validation_targets": result.targets})
         if self.board is not None:

@@ -46,4 +46,5 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
             run.reporter.warn(unmeasured)
     stop_grid()
     # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
-    return {"diverged": 1, "stopped": interrupt.exit_code or 128 + signal.SIGTERM}.get(reason, 0)
+    asked = interrupt.exit_code or (128 + signal.SIGTERM if config.run.stop_at is None else 0)
+    return {"diverged": 1, "stopped": asked}.get(reason, 0)

@@ -317,7 +317,9 @@ class Run:
             return "early-stop"
         if self.at_end:
             return "finished"
-        return "stopped" if stop else ""
+        share = self.config.run.stop_share
+        reached = share is not None and state.step >= math.ceil(share * self.plan.total_steps)
+        return "stopped" if stop or reached else ""
 
     def save(self) -> None:
         """Begin to save; what is in flight is saved first."""

@@ -28,6 +28,7 @@ FREE = (
     "checkpoint",
     "batch.micro_size",
     "run.dir",
+    "run.stop_at",
     "data.train",
     "data.validation",
     "data.prefetch",

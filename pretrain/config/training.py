@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -110,8 +111,21 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """The run's folder and what concerns it as a whole."""
 
+    def problems(self) -> Iterator[Problem]:
+        if self.stop_at is not None and self.stop_share is None:
+            yield Problem("stop_at", f"{self.stop_at!r} is no share of the schedule", 'write "0.3 of total"')
+
+    @property
+    def stop_share(self) -> float | None:
+        """Of the schedule's steps, between 0 and 1."""
+        found = re.fullmatch(r"(0?\.\d{1,12}) of total", self.stop_at or "")
+        return float(found[1]) if found else None
+
     dir: str = meaning("runs/run", "folder of the run; made when missing, resumed when there")
     seed: int = meaning(1, "of initial weights, data order and dropout", ge=0, lt=2**63)
+    stop_at: str | None = meaning(
+        None, 'end this session, saved, at a share of the schedule, "0.3 of total"; the next goes on; null: never'
+    )
     max_bad_steps: int = meaning(
         5, "stop after so many steps in a row without a finite gradient, as seen when a step is logged", ge=1
     )

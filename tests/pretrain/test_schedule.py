@@ -239,3 +239,19 @@ def test_no_step_has_a_rate_of_zero_or_above_the_peak(config: Config, kind: str,
     plan = Plan(Config.model_validate({**config.model_dump(mode="json"), "schedule": schedule}))
     rates = [plan.learning_rate(step) for step in range(plan.total_steps)]
     assert all(0 < rate <= 1e-3 * (1 + 1e-12) for rate in rates)
+
+
+@pytest.mark.parametrize(("samples", "size"), [(100, 8), (96, 8), (7, 8), (1000, 1)])
+def test_epochs_are_passes_over_the_data(samples: int, size: int) -> None:
+    config = config_of(
+        batch={"size": size, "micro_size": 1},
+        schedule={"kind": "linear", "total": "2.5 epochs", "warmup": "0.5 epochs", "final_fraction": 0.0},
+    )
+    plan = Plan(config, samples_per_epoch=samples)
+    assert plan.total_steps == math.ceil(2.5 * samples / size)
+    peak = max(range(plan.total_steps), key=plan.learning_rate)
+    assert peak + 1 == math.ceil(0.5 * samples / size) or plan.total_steps < 4
+    every = Span(Fraction(1, 2), "epochs")
+    crossed = [step for step in range(plan.total_steps) if plan.due(every, step, step + 1)]
+    assert len(crossed) == len({(step + 1) * size * 2 // samples for step in crossed}) or samples < size
+    assert all((step + 1) * size >= 0.5 * samples for step in crossed[:1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,8 @@ FACTORS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000, "T": 1_000_000
         ("  0.5 B  tokens ", 500_000_000, "tokens"),
         ("3.2T tokens", 3_200_000_000_000, "tokens"),
         ("10k steps", 10_000, "steps"),
+        ("3 epochs", 3, "epochs"),
+        ("0.25 epochs", Fraction(1, 4), "epochs"),
     ],
 )
 def test_a_duration_is_a_number_and_a_unit(text: str, count: int, unit: str) -> None:
@@ -35,6 +38,12 @@ def test_a_duration_is_a_number_and_a_unit(text: str, count: int, unit: str) -> 
 @given(st.decimals(0, 1000, places=3), st.sampled_from(["K", "M", "B", "T"]), st.sampled_from(["steps", "tokens"]))
 def test_decimals_are_exact(number: Decimal, suffix: str, unit: str) -> None:
     assert parse_span(f"{number} {suffix} {unit}").count == number * FACTORS[suffix]
+
+
+@given(st.decimals(0, 1000, places=3))
+def test_epochs_may_be_parts_and_print_as_themselves(number: Decimal) -> None:
+    span = parse_span(f"{number} epochs")
+    assert span.count == Fraction(number) and parse_span(str(span)) == span
 
 
 @pytest.mark.parametrize("text", ["4.1M tokens", "8.2B tokens", "1.001M tokens"])
@@ -53,7 +62,7 @@ def test_what_a_duration_prints_is_the_same_duration(number: int, factor: int, u
 @pytest.mark.parametrize(
     "wrong",
     [
-        "200", "steps", "", "200steps", "-5 steps", "five steps", "10 MB", "10M", "1e steps", "10 X tokens", "10 epochs",
+        "200", "steps", "", "200steps", "-5 steps", "five steps", "10 MB", "10M", "1e steps", "10 X tokens", "ten epochs",
         "1,000 steps", "1_000 steps", "nan tokens", "inf tokens", "2 steps more", "1.5.2M tokens", ".5M tokens",
         "9" * 5000 + " steps", 200, 1.5, True, None, ["10 steps"], {"count": 1},
     ],

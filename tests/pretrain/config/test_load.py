@@ -117,7 +117,7 @@ def test_a_dumped_config_is_loaded_the_same(values: dict[str, Any]) -> None:
         ("model: {n_layers: 2}", "model.n_layers: unknown key; did you mean model.num_layers?"),
         ("optimizer: {learning_rte: 1}", "optimizer.learning_rte: unknown key; did you mean optimizer.learning_rate?"),
         ("learning_rate: 1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
-        ("seed: 1", "seed: unknown key; did you mean run.seed?"),
+        ("seed: 1", "seed: unknown key; did you mean data.seed or run.seed?"),
         ("model: {seq_length: 2}", "model.seq_length: unknown key; did you mean data.seq_length?"),
         ("optimizer: {warmup: 1 steps}", "optimizer.warmup: unknown key; did you mean schedule.warmup?"),
         ("model: {window: 2}", "model.window: unknown key; did you mean model.attention_window or data.window?"),
@@ -125,7 +125,7 @@ def test_a_dumped_config_is_loaded_the_same(values: dict[str, Any]) -> None:
          "batch.ramp.strat: unknown key; did you mean batch.ramp.start?"),
         ("model: {rope_scaling: {facto: 2}, positions: rope}",
          "model.rope_scaling.facto: unknown key; did you mean model.rope_scaling.factor?"),
-        ("run: {xyzzy: 1}", "run.xyzzy: unknown key; there are: dir, seed, max_bad_steps"),
+        ("run: {xyzzy: 1}", "run.xyzzy: unknown key; there are: dir, seed, stop_at, max_bad_steps"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_names_the_nearest_or_the_section_that_has_it(text: str, line: str) -> None:

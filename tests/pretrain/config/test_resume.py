@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from pretrain.config.load import resume_problems
-from pretrain.config.objective import OF_KIND
+from pretrain.config.objective import OF_KINDS
 from pretrain.config.run import Config
 
 # Rich, so that no field is at a value that allows no other.
@@ -33,7 +33,8 @@ ENCODER = Config.model_validate(
 # DESIGN, promise 2: "On resume only `parallel`, `batch.micro_size`, `monitor`, `checkpoint` and a longer `schedule.total`
 # may differ"; and what does not decide the numbers: whose kernels compute them (promise 1), where the run and the shards
 # lie, how far is read ahead.
-MAY_DIFFER = ("parallel.", "monitor.", "checkpoint.", "batch.micro_size", "run.dir", "data.train", "data.validation")
+MAY_DIFFER: tuple[str, ...] = ("parallel.", "monitor.", "checkpoint.", "batch.micro_size", "run.dir", "run.stop_at")
+MAY_DIFFER += ("data.train", "data.validation")
 MAY_DIFFER += ("kernels.", "data.prefetch", "schedule.total")
 ONE_VALUE = ("version", "model.kind", "objective.kind", "optimizer.kind")
 WORDS = ("swiglu", "triton", "rms", "post", "alibi", "linear", "wsd", "full", "fp32", "never", "other", "none", "word")
@@ -54,6 +55,8 @@ CANDIDATES = (
     "120 steps",
     "7 steps",
     *WORDS,
+    "0.5 of total",
+    ["a", "b"],
 )
 
 
@@ -65,9 +68,24 @@ def leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{key}"
 
 
+def task(kind: str) -> Config:
+    """On labelled examples."""
+    values = BASE.model_dump(mode="json")
+    values["batch"]["ramp"] = values["data"]["weights"] = None
+    values["model"]["initial"] = "m"
+    return Config.model_validate({**values, "objective": {"kind": kind}})
+
+
+TASKS = {kind: task(kind) for kind in ("classification", "question-answering")}
+
+
 def base_of(path: str) -> Config:
     """In which a field has an effect."""
-    return ENCODER if path.removeprefix("objective.") in OF_KIND["masked"] else BASE
+    field = path.removeprefix("objective.")
+    kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
+    if not kinds or "causal" in kinds:
+        return BASE
+    return ENCODER if "masked" in kinds else next(config for kind, config in TASKS.items() if kind in kinds)
 
 
 def changed(path: str) -> Config:
