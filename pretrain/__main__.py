@@ -393,7 +393,7 @@ def _interchange_options(add: object) -> None:
     export.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     command = add("import", _import, "A Hugging Face folder as a run.", "import exported --out runs/imported")
     command.add_argument(
-        "folder", metavar="DIR", help="config.json and safetensors of GPT-2, Llama, Mistral or GPT-NeoX"
+        "folder", metavar="DIR", help="config.json and safetensors of GPT-2, Llama, Mistral, GPT-NeoX or BERT"
     )
     command.add_argument("--out", required=True, metavar="RUN", help="new folder of the run")
     command.add_argument("--tokenizer", metavar="PATH", help="a tokenizer in place of the folder's, as for prepare")

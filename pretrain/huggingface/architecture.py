@@ -1,15 +1,16 @@
 """How an architecture of Hugging Face's corresponds to ours: the language that the maps are written in.
 
 A map (`gpt2.py`, `llama.py`, ...) is data: options, each a fact about ours and theirs that is checked and carried both ways,
-and rows, each a tensor of theirs and the logical tensors of ours that it is made of. What a map does not name cannot pass:
-an option of ours that theirs lacks is refused by its name, and so is one of theirs that we lack.
+and rows, each a tensor of theirs and the logical tensors of ours that it is made of. An option of
+ours that theirs lacks is refused by its name, so is one of theirs that the map says we lack, and so is a tensor without a
+row.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,10 +185,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A `model_type`. class_name: written to config.json; base_names: classes whose tensors lack `prefix`, read as well.
-    ignored: patterns of tensors that are in old files and hold no weights. unsaid: options of ours that do not change what
-    the model computes, and that theirs has no place for: left out, with a word. optional: beginnings of
-    ours that a folder may lack, all heads."""
+    """A `model_type`.
+
+    class_name: written to config.json; classes: in its place, by heads: the first whose tensor of ours the model has.
+    base_names: further classes, whose tensors may lack `prefix`, read as well. optional: beginnings of ours that a folder
+    may lack, all heads. ignored, renamed: patterns of tensors in older files that hold no weights, or have another name.
+    unsaid: options of ours that do not change what the model computes, and that theirs has no place for: left out, with a
+    word.
+    """
 
     model_type: str
     class_name: str
@@ -198,10 +203,16 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    classes: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
-    def config(self, ours: Settings) -> Json:
-        """config.json without what the tokenizer adds. Raises Inexpressible."""
-        theirs: Json = {"architectures": [self.class_name], "model_type": self.model_type}
+    def class_of(self, names: Collection[str]) -> str:
+        """Of a model of these tensors of ours."""
+        return next((found for tensor, found in self.classes if tensor in names), self.class_name)
+
+    def config(self, ours: Settings, names: Collection[str]) -> Json:
+        """config.json without what the tokenizer adds; names: of our tensors. Raises Inexpressible."""
+        theirs: Json = {"architectures": [self.class_of(names)], "model_type": self.model_type}
         for option in self.options:
             theirs.update(option.write(ours))
         return theirs
@@ -229,7 +240,10 @@ class Architecture:
         skipped = {row.theirs for row in self.rows if tied and row.ours == ("head.weight",)}
         known, names = set(wanted), {}
         for name in stored:
-            full = name if name in known or self.prefix + name not in known else self.prefix + name
+            now = name
+            for pattern, new in self.renamed:
+                now = re.sub(pattern, new, now)
+            full = now if now in known or self.prefix + now not in known else self.prefix + now
             if full not in skipped and not any(re.fullmatch(pattern, name) for pattern in self.ignored):
                 names[full] = name
         return names

@@ -14,15 +14,16 @@ from pretrain.huggingface.neox import NEOX
 KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX, BERT)
 
 
-def architecture_of(ours: Settings) -> tuple[Architecture, Json]:
-    """The first architecture that has all of our options, and its config.json. Raises UserError where none has, with the
-    options of ours that each lacks, the nearest first."""
+def architecture_of(ours: Settings) -> Architecture:
+    """The first architecture that has all of our options. Raises UserError where none has, with the options of ours that
+    each lacks, the nearest first."""
     refusals: list[tuple[Architecture, list[Inexpressible]]] = []
     for architecture in KNOWN:
         against = _against(architecture, ours)
         if not against:
-            return architecture, architecture.config(ours)
-        refusals.append((architecture, against))
+            return architecture
+        if all(reason.option != "kind" for reason in against):
+            refusals.append((architecture, against))
     refusals.sort(key=lambda refusal: len(refusal[1]))
     lines = [
         f"  {architecture.model_type} has no {', no '.join(f'model.{reason}' for reason in against)}"

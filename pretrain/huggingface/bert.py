@@ -8,9 +8,10 @@ LAYER = "bert.encoder.layer.{layer}"
 
 BERT = Architecture(
     model_type="bert",
-    class_name="BertForPreTraining",
+    class_name="BertModel",
+    classes=(("pair_head.weight", "BertForPreTraining"), ("transform.dense.weight", "BertForMaskedLM")),
     base_names=(
-        "BertModel",
+        "BertForPreTraining",
         "BertForMaskedLM",
         "BertForSequenceClassification",
         "BertForTokenClassification",
@@ -33,8 +34,9 @@ BERT = Architecture(
             "gelu",
         ),
         Same("norm_epsilon", "layer_norm_eps", 1e-12),
-        Same("residual_dropout", "hidden_dropout_prob", 0.1),
         Equal("embedding_dropout", lambda ours: ours["residual_dropout"], "residual_dropout"),
+        Same("residual_dropout", "hidden_dropout_prob", 0.1),
+        Same("embedding_dropout", "hidden_dropout_prob", 0.1),
         Same("attention_dropout", "attention_probs_dropout_prob", 0.1),
         Same("initial_scale", "initializer_range", 0.02),
         Same("tie_embeddings", "tie_word_embeddings", True),
@@ -72,4 +74,5 @@ BERT = Architecture(
     ),
     ignored=(r".*\.position_ids", r"cls\.predictions\.decoder\.bias", r"(classifier|qa_outputs)\..*"),
     optional=("pooler.", "transform.", "head.", "pair_head."),
+    renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),  # TensorFlow's
 )

@@ -29,6 +29,7 @@ from pretrain.huggingface.tensors import INDEX, Planned, model_files, parts_of, 
 from pretrain.loading import find_checkpoint
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.tokenization.base import Tokenizer
+from pretrain.vocabulary import vocabulary_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,16 +48,15 @@ def export(
     """Write the model of a run's newest checkpoint, or of one step's. Raises UserError, and leaves `out` as it was, where
     Hugging Face's architectures cannot express it."""
     config, tokenizer, found = run_config(run), run_tokenizer(run), find_checkpoint(run, step)
-    size = config.model.vocab_size or tokenizer.vocab_size
-    ours = settings_of(config.model, size, config.data.seq_length)
-    architecture, theirs = architecture_of(ours)
-    planned = plan(architecture, ours, found)
+    ours = settings_of(config.model, vocabulary_of(config, tokenizer).size, config.data.seq_length)
+    architecture, names = architecture_of(ours), weight_shapes(found)
+    theirs, planned = architecture.config(ours, names), plan(architecture, ours, found)
     width = DTYPES[dtype].itemsize
     files = model_files(len(parts_of(planned, width)))
     with whole_folder(out, (*files, INDEX, "config.json", *vocabulary.FILES), say) as draft:
         text = json.dumps({**theirs, **_ids(tokenizer), "torch_dtype": str(DTYPES[dtype]).split(".")[1]}, indent=2)
         (draft / "config.json").write_text(text + "\n")
-        vocabulary.write_tokenizer(draft, tokenizer, ours["max_positions"])
+        vocabulary.write_tokenizer(draft, tokenizer, ours["max_positions"], segments=ours["segments"] > 0)
         with Bar("Exporting", sum(tensor.numel for tensor in planned) * width) as bar:
             write_model(draft, planned, DTYPES[dtype], bar.add)
     notes = [
@@ -65,7 +65,7 @@ def export(
         if ours[name]
     ]
     size = sum(tensor.numel for tensor in planned) * width
-    return Exported(architecture.class_name, size, notes + vocabulary.notes(tokenizer))
+    return Exported(architecture.class_of(names), size, notes + vocabulary.notes(tokenizer))
 
 
 def plan(architecture: Architecture, ours: Settings, found: Checkpoint) -> list[Planned]:

@@ -10,16 +10,19 @@ import torch
 import transformers
 from torch import Tensor
 
+from kernels import noise
+from parallel.initial import initialise
 from parallel.layers import Parts
 from parallel.logical import logical_tensors, view
 from pretrain.config.load import checked_config, dump_config
-from pretrain.models.gpt import GPT
+from pretrain.models.bert import BERT as BertModel
+from pretrain.models.make import make_model
 from pretrain.opening import State, folder_of
 from pretrain.runs import keep_tokenizer
 from pretrain.saving import write_manifest
+from pretrain.sizes import Sizes
 from pretrain.storage import Entry, Written
 from pretrain.tokenization.base import Tokenizer
-from tests.pretrain.models.references import make_gpt
 
 LENGTH = 24
 SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 24, "num_heads": 4, "ffn_hidden_size": 40}
@@ -40,7 +43,14 @@ LLAMA3 = {
     "original_positions": 16,
 }
 NEOX: dict[str, Any] = {**SIZES, "positions": "rope", "norm": "layer", "activation": "gelu"}
-# name -> our options, and the architecture that they are
+BERT: dict[str, Any] = {
+    **SIZES,
+    "kind": "bert",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "scale_initial_by_depth": False,
+}
+# name -> our options, and the architecture that they are; of a BERT also the objective's pairs
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (GPT2, "GPT2LMHeadModel"),
     "gpt2 untied": ({**GPT2, "tie_embeddings": False, "activation": "gelu", "norm_epsilon": 1e-3}, "GPT2LMHeadModel"),
@@ -57,13 +67,25 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
     "mistral list": ({**LLAMA, "attention_window": [5, 5], "tie_embeddings": True}, "MistralForCausalLM"),
     "neox": ({**NEOX, "tie_embeddings": False}, "GPTNeoXForCausalLM"),
     "neox tied": ({**NEOX, "activation": "relu", "rope_base": 300.0}, "GPTNeoXForCausalLM"),
+    "bert": (BERT, "BertForPreTraining"),
+    "bert masked": ({**BERT, "activation": "gelu-tanh", "segments": 3, "dropout": 0.1}, "BertForMaskedLM"),
+    "bert untied": ({**BERT, "tie_embeddings": False, "vocab_size": 340, "max_positions": 40}, "BertForPreTraining"),
 }
 
 
-def write_run(run: Path, options: dict[str, Any], tokenizer: Tokenizer, seed: int = 1) -> GPT:
-    """A run of one checkpoint, as training leaves it, moments and all."""
+def objective_of(name: str) -> dict[str, Any]:
+    """Of the model of that name."""
+    if not name.startswith("bert"):
+        return {"kind": "causal"}
+    return {"kind": "masked", "pairs": "none" if "masked" in name else "order" if "untied" in name else "next"}
+
+
+def write_run(run: Path, options: dict[str, Any], tokenizer: Tokenizer, name: str = "") -> Any:
+    """A run of one checkpoint, as training leaves it, moments and all. Its biases and norms are away from 0 and 1, so that
+    none can be missing unseen."""
     values = {
         "model": options,
+        "objective": objective_of(name),
         "data": {"seq_length": LENGTH},
         "run": {"dir": str(run)},
         "precision": {"compute": "fp32", "compile": "never"},
@@ -72,8 +94,13 @@ def write_run(run: Path, options: dict[str, Any], tokenizer: Tokenizer, seed: in
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
     keep_tokenizer(run, tokenizer)
-    model = make_gpt(config.model, config.model.vocab_size or tokenizer.vocab_size, LENGTH, seed)
-    model.eval()
+    model = make_model(config, Parts(), Sizes(config.model.vocab_size or tokenizer.vocab_size)).eval()
+    initialise(model, 1)
+    with torch.no_grad():
+        for path, piece, parameter in logical_tensors(model):
+            if parameter.dim() == 1:
+                part = view(parameter, piece)
+                part.add_(noise.normal(noise.key(2, path), piece.shape, (0,), piece.shape), alpha=0.1)
     weights = {name: view(p.detach(), piece).clone() for name, piece, p in logical_tensors(model)}
     moments = {f"{kind}/{name}": w * 0 for name, w in weights.items() for kind in ("exp_avg", "exp_avg_sq")}
     save(run, 7, {**weights, **moments})
@@ -102,8 +129,27 @@ def some_ids(vocab_size: int, length: int = LENGTH) -> Tensor:
     return (torch.arange(2 * length).view(2, length) * 48271 + 7) % vocab_size
 
 
-def empty_gpt(options: dict[str, Any], vocab_size: int) -> GPT:
-    return GPT(checked_config({"model": options}, "test").model, Parts(), vocab_size, LENGTH).eval()
+def some_segments() -> Tensor:
+    """(2, LENGTH)"""
+    return (torch.arange(LENGTH) >= torch.tensor([[7], [15]])).long()
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor) -> list[Tensor]:
+    """Of ours: over the vocabulary, and of pairs where there is a head for them."""
+    if not isinstance(model, BertModel):
+        return [model.logits(ids)]
+    states = model.states(ids, ids.shape[1], segments=some_segments())
+    pairs = [model.pair_head(model.pooler(states[:, 0]))] if model.pairs else []
+    return [model.head.logits(model.transform(states)), *pairs]
+
+
+@torch.no_grad()
+def logits_of_theirs(model: Any, ids: Tensor) -> list[Tensor]:
+    if model.config.model_type != "bert":
+        return [model(ids).logits]
+    found = model(ids, token_type_ids=some_segments())
+    return [found.logits] if "logits" in found else [found.prediction_logits, found.seq_relationship_logits]
 
 
 # -- transformers' ------------------------------------------------------------------------------------------------------
@@ -145,14 +191,18 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**LLAMA_SIZES, "num_key_value_heads": 2, "sliding_window": 7}),
     "mistral without": ("Mistral", {**LLAMA_SIZES, "num_key_value_heads": 4, "sliding_window": None}),
     "neox": ("GPTNeoX", {**LLAMA_SIZES, "rotary_pct": 1.0, "use_parallel_residual": False, "rotary_emb_base": 400}),
+    "bert": ("BertForPreTraining", LLAMA_SIZES),
+    "bert masked": ("BertForMaskedLM", {**LLAMA_SIZES, "layer_norm_eps": 1e-5, "type_vocab_size": 3}),
+    "bert untied": ("BertForMaskedLM", {**LLAMA_SIZES, "tie_word_embeddings": False, "hidden_act": "relu"}),
 }
 
 
 def make_theirs(name: str, seed: int = 3) -> Any:
     kind, options = THEIRS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **options})
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    return random_weights(getattr(transformers, f"{kind}{head}")(config), seed)
+    heads = {"GPT2": "LMHeadModel"}
+    class_name = kind if kind.startswith("Bert") else kind + heads.get(kind, "ForCausalLM")
+    made = getattr(transformers, class_name)
+    return random_weights(made(made.config_class(**{**COMMON, **options})), seed)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -17,7 +17,7 @@ from pretrain.huggingface.importing import import_folder
 from pretrain.huggingface.vocabulary import write_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from tests.pretrain import running
-from tests.pretrain.huggingface.models import GPT2, LENGTH, LLAMA, NEOX, edit_config, make_theirs, write_run
+from tests.pretrain.huggingface.models import BERT, GPT2, LENGTH, LLAMA, NEOX, edit_config, make_theirs, write_run
 
 
 def quiet(_: str) -> None:
@@ -55,6 +55,24 @@ def test_an_option_that_no_architecture_has_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({**BERT, "norm_position": "pre"}, "model.norm_position: 'pre'"),
+        ({**BERT, "positions": "rope"}, "model.positions: 'rope'"),
+        ({**BERT, "embedding_norm": False}, "model.embedding_norm: False"),
+    ],
+)
+def test_an_option_that_berts_have_not_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, options: dict[str, Any], word: str
+) -> None:
+    write_run(tmp_path / "run", options, tokenizer, "bert")
+    with pytest.raises(UserError, match="no architecture of Hugging Face's can have all of") as error:
+        export(tmp_path / "run", tmp_path / "out", say=quiet)
+    [line] = str(error.value).splitlines()[1:]
+    assert line.startswith("  bert has no ") and word in line
+
+
 def test_what_training_alone_uses_is_left_out_with_a_word(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_run(tmp_path / "run", {**LLAMA, "dropout": 0.25, "embedding_dropout": 0.0}, tokenizer)
     ran = running.command("export", tmp_path / "run", "--out", tmp_path / "out")
@@ -78,7 +96,7 @@ def test_a_folder_in_use_is_not_written_into(tmp_path: Path, tokenizer: Tokenize
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("theirs")
-    for name in ("gpt2", "llama", "mistral", "neox"):
+    for name in ("gpt2", "llama", "mistral", "neox", "bert"):
         make_theirs(name).save_pretrained(home / name)
         write_tokenizer(home / name, tokenizer, LENGTH)
     return {path.name: path for path in home.iterdir()}
@@ -114,7 +132,14 @@ def refusal(folder: Path) -> str:
         ("neox", {"rotary_pct": 0.25}, "rotary_pct: 0.25 (it can be 1.0)"),
         ("llama", {"model_type": "mamba"}, "model_type is 'mamba'; those that can be imported are gpt2, llama"),
         ("llama", {"model_type": ["llama"]}, "model_type is ['llama']"),
-        ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, "GPT2LMHeadModel and GPT2Model can be read"),
+        ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, "of gpt2 GPT2LMHeadModel, GPT2Model can be read"),
+        (
+            "bert",
+            {"architectures": ["BertForMaskedLM"]},
+            "holds bert.pooler.dense.bias, which this model has no place for",
+        ),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
+        ("bert", {"is_decoder": True}, "is_decoder: True (it can be False)"),
         ("gpt2", {"n_head": 5}, "model.hidden_size: 24 is not a multiple of num_heads 5"),
         ("gpt2", {"n_layer": "3"}, "model.num_layers"),
         ("gpt2", {"n_layer": -1}, "model.num_layers"),
