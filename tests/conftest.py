@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 
-from tests.distributed import run_ranks, stop_zygote
+from tests.distributed import run_ranks, stop_zygotes
 
 MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
 
@@ -46,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 
     torch.set_num_threads(1)
     yield
-    stop_zygote()
+    stop_zygotes()
     _CACHE.cleanup()
 
 

@@ -27,7 +27,7 @@ from pretrain import comparison, verify
 from pretrain.config.load import load_config, shapes_of
 from pretrain.config.run import Config
 from pretrain.data.prepare import Options, prepare
-from tests.distributed import REPOSITORY, run_ranks, stop_zygote
+from tests.distributed import REPOSITORY, run_ranks, stop_zygotes
 
 MOST_PROCESSES = 8
 SEED = 4
@@ -183,7 +183,7 @@ def main() -> int:
         for number, combination in enumerate(combinations, start=1):
             found.append(matrix.compare(combination))
             print(f"{number}/{len(combinations)} {verify.line(found[-1])}", file=sys.stderr, flush=True)
-    stop_zygote()
+    stop_zygotes()
     if args.limit is None:
         (REPOSITORY / "docs" / "layouts.md").write_text(_document(found, args.steps))
     return 0 if all(one.same for one in found) else 1
