@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 # Before anything imports torch: one thread a process, since ranks share the cores; and every cache in a folder of this
-# session's own, so that no test depends on what another session or the user's home left.
-_CACHE = tempfile.TemporaryDirectory(prefix="pretrain-tests-")
+# session's own, so that no test depends on what another session or the user's home left. pytest-xdist's workers have the
+# folder of the process that started them: one of them compiles what all of them need.
+_CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory(prefix="pretrain-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # but for `make gpu`
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
-    os.environ[_variable] = str(Path(_CACHE.name) / _variable.lower())
+if _CACHE is not None:
+    for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
+        os.environ[_variable] = str(Path(_CACHE.name) / _variable.lower())
 for _variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_variable, None)
 
@@ -27,7 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 
-from tests.distributed import run_ranks, stop_zygote
+from tests.distributed import run_ranks, stop_zygotes
 
 MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it could have run
 
@@ -46,8 +48,9 @@ def _one_thread() -> Iterator[None]:
 
     torch.set_num_threads(1)
     yield
-    stop_zygote()
-    _CACHE.cleanup()
+    stop_zygotes()
+    if _CACHE is not None:
+        _CACHE.cleanup()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Real processes for tests: ranks that talk over gloo, and commands as a user types them.
 
 Eight fresh processes take half a minute to import torch, megatron-core and DeepSpeed. So one warm process
-(`tests.zygote`) imports them once a session and forks the ranks of every request.
+(`tests.zygote`) imports them once a session and forks the ranks of every request; a second one does so for ranks in which
+Triton's kernels are interpreted, which is settled when Triton is imported.
 
     results = run_ranks(4, train_a_little, config)      # train_a_little: a function at the top of a test module
 """
@@ -51,17 +52,21 @@ class RankError(AssertionError):
     """A rank failed in a way that has no exception to raise again: killed, out of time, or not picklable."""
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, interpreted: bool = False
+) -> list[Any]:
     """`function(*args)` in `world` forked processes with torch.distributed's environment; the result of each rank.
 
-    Function, arguments and results must be picklable. The exception of the rank that failed first is raised here, with
-    its traceback and output as notes; the other ranks are killed then, as they are after `timeout` seconds.
+    interpreted: Triton's kernels run in its interpreter. Function, arguments and results must be picklable. The exception
+    of the rank that failed first is raised here, with its traceback and output as notes; the other ranks are killed then,
+    as they are after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = pickle.dumps((function, args))
-        environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **_INTERPRETED[interpreted], **place}
         request = Request(world, call, timeout, folder, os.getcwd(), list(sys.path), environment)
-        outcomes: list[Outcome] = _zygote().ask(request)
+        outcomes: list[Outcome] = _zygote(interpreted).ask(request)
         failed = [outcome for outcome in outcomes if not outcome.succeeded]
         for outcome in outcomes:
             print(_output(folder, outcome.rank), end="")
@@ -129,17 +134,21 @@ def die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+_INTERPRETED: dict[bool, dict[str, str]] = {False: {}, True: {"TRITON_INTERPRET": "1"}}
+
+
 class Zygote:
     """The warm process, and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, interpreted: bool) -> None:
+        # One thread, since a fork keeps only the thread that forks, and no compiler processes of its own.
+        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "tests.zygote", str(theirs.fileno())],
                 cwd=REPOSITORY,
-                # One thread, since a fork keeps only the thread that forks, and no compiler processes of its own.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                env={**os.environ, **alone, **_INTERPRETED[interpreted]},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 preexec_fn=die_with_parent,
@@ -167,22 +176,25 @@ class Zygote:
         self.process.wait()
 
 
-_warm: list[Zygote] = []
+_warm: dict[bool, Zygote] = {}  # by whether kernels are interpreted
 
 
-def _zygote() -> Zygote:
-    if _warm and (_warm[0].connection.closed or _warm[0].process.poll() is not None):
-        stop_zygote()
+def _zygote(interpreted: bool) -> Zygote:
+    warm = _warm.get(interpreted)
+    if warm is not None and not warm.connection.closed and warm.process.poll() is None:
+        return warm
+    if warm is not None:
+        warm.close()
     if not _warm:
-        _warm.append(Zygote())
-        atexit.register(stop_zygote)
-    return _warm[0]
+        atexit.register(stop_zygotes)
+    _warm[interpreted] = Zygote(interpreted)
+    return _warm[interpreted]
 
 
-def stop_zygote() -> None:
-    """End the warm process; the next request starts another."""
+def stop_zygotes() -> None:
+    """End the warm processes; the next request starts another."""
     while _warm:
-        _warm.pop().close()
+        _warm.popitem()[1].close()
 
 
 def _output(folder: str, rank: int) -> str:

@@ -12,7 +12,9 @@ than rounding gets a full update, and one process differs by more than 1e-5 from
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
+import math
 import random
 import sys
 import sysconfig
@@ -22,12 +24,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from parallel.layout import layout_problems
+from parallel.layout import Layout, layout_problems
 from pretrain import comparison, verify
 from pretrain.config.load import load_config, shapes_of
 from pretrain.config.run import Config
 from pretrain.data.prepare import Options, prepare
-from tests.distributed import REPOSITORY, run_ranks, stop_zygote
+from tests.distributed import REPOSITORY, run_ranks, stop_zygotes
 
 MOST_PROCESSES = 8
 SEED = 4
@@ -81,12 +83,28 @@ class Combination:
         """What the one-process run depends on."""
         return self.values[-2], self.values[-1]
 
+    @property
+    def processes(self) -> int:
+        return _size(self.values[:4])
+
+    @property
+    def cost(self) -> float:
+        """Of a run, in processes that start and end (half a second here). ZeRO-3's hooks are Python around each module:
+        they take as long in each micro-batch of its steps."""
+        micro_batches = 8 / _size(self.values[3:4]) / int(self.values[5].removeprefix("micro="))
+        return self.processes * (1 + micro_batches * (1 if "zero=3" in self.values[4] else 0.125))
+
     def __str__(self) -> str:
         return " ".join(filter(None, [*self.values[:-2], *self.model]))
 
     def pairs(self) -> Iterator[tuple[int, str, int, str]]:
         for (i, a), (j, b) in itertools.combinations(enumerate(self.values), 2):
             yield i, a, j, b
+
+
+@lru_cache
+def _size(degrees: tuple[str, ...]) -> int:
+    return Layout.parse(",".join(degrees)).size
 
 
 def write_shards(out: Path) -> None:
@@ -111,13 +129,13 @@ def accepted() -> list[Combination]:
     """Every combination that fits and is accepted, in a fixed order."""
     with tempfile.TemporaryDirectory() as folder:
         configs = {model: config_of(Path(folder), model) for model in itertools.product(MODELS, AXES["precision"])}
-    return [c for c in map(Combination, itertools.product(*AXES.values())) if _fits(c, configs[c.model])]
+    every = map(Combination, itertools.product(*AXES.values()))
+    return [c for c in every if c.processes <= MOST_PROCESSES and _fits(c, configs[c.model])]
 
 
 def _fits(combination: Combination, config: Config) -> bool:
     case = verify.case_of(config, combination.layout)
-    problems = layout_problems(case.config.parallel, shapes_of(case.config), case.processes)
-    return case.processes <= MOST_PROCESSES and not problems
+    return not layout_problems(case.config.parallel, shapes_of(case.config), case.processes)
 
 
 def each_layout() -> list[Combination]:
@@ -130,17 +148,25 @@ def each_layout() -> list[Combination]:
 
 
 def covering() -> list[Combination]:
-    """A small set in which every pair of values that is accepted together stands together; the same every time."""
-    drawn = random.Random(SEED)
-    missing = {pair for combination in accepted() for pair in combination.pairs()}
+    """A small and cheap set in which every pair of values that is accepted together stands together; the same every time.
+
+    The next one has the most new pairs for its cost. What it would bring only falls as others are chosen, so most need
+    not be looked at again.
+    """
+    combinations = random.Random(SEED).sample(accepted(), len(accepted()))
+    pairs = [frozenset(combination.pairs()) for combination in combinations]
+    missing = set().union(*pairs)
+    waiting = [(-math.inf, number) for number in range(len(combinations))]  # the most that each may bring, negated
     chosen = []
     while missing:
-        some = drawn.sample(accepted(), 400)
-        best = max(some, key=lambda combination: len(missing.intersection(combination.pairs())))
-        if not missing.intersection(best.pairs()):
-            best = next(c for c in accepted() if missing.intersection(c.pairs()))
-        chosen.append(best)
-        missing.difference_update(best.pairs())
+        _, number = heapq.heappop(waiting)
+        # A higher power would choose many more of few processes.
+        worth = -len(missing & pairs[number]) / combinations[number].cost ** 0.3
+        if waiting and worth > waiting[0][0]:
+            heapq.heappush(waiting, (worth, number))
+        else:
+            chosen.append(combinations[number])
+            missing -= pairs[number]
     return chosen
 
 
@@ -183,7 +209,7 @@ def main() -> int:
         for number, combination in enumerate(combinations, start=1):
             found.append(matrix.compare(combination))
             print(f"{number}/{len(combinations)} {verify.line(found[-1])}", file=sys.stderr, flush=True)
-    stop_zygote()
+    stop_zygotes()
     if args.limit is None:
         (REPOSITORY / "docs" / "layouts.md").write_text(_document(found, args.steps))
     return 0 if all(one.same for one in found) else 1

@@ -6,6 +6,8 @@ they do not have.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import pickle
 import select
@@ -19,6 +21,14 @@ from typing import NoReturn
 
 from parallel.ports import free_port
 from tests.distributed import Outcome, Request, die_with_parent
+
+# What most ranks run; to import it takes a rank as long as a short training.
+PROGRAM = (
+    *("pretrain.__main__", "pretrain.session", "pretrain.board", "pretrain.verify"),
+    *("pretrain.evaluate", "pretrain.generate", "pretrain.inspect", "tests.pretrain.running"),
+    *("webdataset", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+)
 
 
 def main() -> None:
@@ -42,6 +52,11 @@ def _import() -> None:
 
     assert parallel_state and pipeline_parallel
     library.import_deepspeed(torch.cuda.is_available())
+    for module in PROGRAM:
+        importlib.import_module(module)
+    # Half a million objects, which each rank's garbage collector would go through, copying the pages that they lie in.
+    gc.collect()
+    gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"imports left {threads} threads: forked ranks would hang"
 

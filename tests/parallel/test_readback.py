@@ -123,7 +123,7 @@ def test_only_a_logged_step_reads_a_value_back(tmp_path: Path, tiny_data: Path, 
     wanted = Layout.parse(layout)
     axes = ("tensor", "sequence", "context", "pipeline", "virtual", "zero")
     parallel = [f"parallel.{axis}={str(getattr(wanted, axis)).lower()}" for axis in axes]
-    options = [*parallel, f"precision.compute={compute}", f"monitor.log_every={LOGGED} steps"]
+    options = [*parallel, f"precision.compute={compute}", f"monitor.log_every={LOGGED} steps", "batch.size=4"]
     config = write_config(tmp_path, tiny_data)
     for steps in run_ranks(wanted.size, reads_of_steps, str(config), [*options, "monitor.validate_every=null"]):
         logged, others = steps[LOGGED - 1 :: LOGGED], [step for n, step in enumerate(steps, 1) if n % LOGGED]

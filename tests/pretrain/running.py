@@ -55,7 +55,7 @@ class Ran(NamedTuple):
 
 def command(*arguments: str | Path, fault: Fault | None = None, world: int = 1, timeout: float = 60) -> Ran:
     """`python -m pretrain ARGUMENTS` in a forked process (on rank 0 of several): its exit code and output."""
-    ran: Ran = run_ranks(world, _main, [str(argument) for argument in arguments], fault, timeout=timeout)[0]
+    ran: Ran = run_ranks(world, run_main, [str(argument) for argument in arguments], fault, timeout=timeout)[0]
     return ran
 
 
@@ -65,7 +65,8 @@ def killed(*arguments: str | Path, fault: Fault, timeout: float = 60) -> None:
         command(*arguments, fault=fault, timeout=timeout)
 
 
-def _main(arguments: list[str], fault: Fault | None) -> Ran:
+def run_main(arguments: list[str], fault: Fault | None = None) -> Ran:
+    """The command in this process, which is a rank's: how it ended and what it wrote."""
     from pretrain.__main__ import main
 
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

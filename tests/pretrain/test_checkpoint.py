@@ -297,7 +297,7 @@ def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
 
     config = write_config(tmp_path, tiny_data)
     arguments = ["train", str(config), *running.SHORT, "batch.micro_size=1"]
-    for ran in run_ranks(2, running._main, arguments, partial(fail_on_rank, rank, what), timeout=60):
+    for ran in run_ranks(2, running.run_main, arguments, partial(fail_on_rank, rank, what), timeout=60):
         assert_refused(
             ran, "the checkpoint of step 4 could not be written", "No space left", "the last good one is step 3"
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from parallel.ports import free_port
 from pretrain.metrics import read_metrics
-from tests.distributed import run_python, start_python
+from tests.distributed import run_ranks
+from tests.pretrain.running import Ran, command, run_main
 
 STEPS = 50
 CONFIG = """
@@ -34,14 +35,12 @@ TRITON = ("kernels.attention=triton", "kernels.loss=triton", "kernels.optimizer=
 SHORT = ("schedule={total: 3 steps}", "batch.size=2")  # for two ranks
 
 
-class Trained:
-    """One run's losses and norms by step, and what it launched."""
+class Trained(NamedTuple):
+    """One run's losses and norms by step, and what each rank launched: how often each kernel."""
 
-    def __init__(self, folder: Path, counts: Path) -> None:
-        lines = [line for line in read_metrics(folder) if "loss" in line]
-        self.losses = [line["loss"] for line in lines]
-        self.norms = [line["grad_norm"] for line in lines]
-        self.launches = json.loads(counts.read_text())
+    losses: list[float]
+    norms: list[float]
+    launches: list[Counter[str]]
 
 
 def write(folder: Path, shards: Path, dropout: float, across: bool) -> Path:
@@ -51,18 +50,32 @@ def write(folder: Path, shards: Path, dropout: float, across: bool) -> Path:
     return folder / "config.yaml"
 
 
-def train(config: Path, name: str, *kernels: str) -> Trained:
-    """In one process, its kernels interpreted."""
-    run, counts = config.parent / name, config.parent / f"{name}.json"
-    result = run_python(
-        ["tests.pretrain.counted", counts, "train", config, f"run.dir={run}", *kernels],
-        env={"TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    told = ", ".join(f"{kernel.removeprefix('kernels.').replace('=', ' ')}" for kernel in kernels)
-    assert f"kernels: {told}" in result.stdout
-    return Trained(run, counts)
+def train(config: Path, folder: Path, *overrides: str, world: int = 1) -> Trained:
+    """In ranks whose kernels are interpreted."""
+    arguments = ["train", str(config), f"run.dir={folder}", *overrides]
+    ranks = run_ranks(world, counted, arguments, timeout=300, interpreted=True)
+    ran: Ran = ranks[0][0]
+    assert ran.code == 0, ran.told
+    kernels = [text.removeprefix("kernels.").replace("=", " ") for text in overrides if text.startswith("kernels.")]
+    assert f"kernels: {', '.join(kernels)}" in ran.out
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    losses, norms = ([line[name] for line in lines] for name in ("loss", "grad_norm"))
+    return Trained(losses, norms, [launches for _, launches in ranks])
+
+
+def counted(arguments: list[str]) -> tuple[Ran, Counter[str]]:
+    """The command in this rank, and its launches by the kernel's name."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches: Counter[str] = Counter()
+    run = InterpretedFunction.run
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        launches[self.fn.__name__] += 1
+        return run(self, *args, **options)
+
+    InterpretedFunction.run = count
+    return run_main(arguments), launches
 
 
 def same(found: list[float], wanted: list[float], tolerance: float) -> None:
@@ -73,21 +86,23 @@ def same(found: list[float], wanted: list[float], tolerance: float) -> None:
 def test_fifty_steps_by_triton_are_those_by_torch(tmp_path: Path, tiny_data: Path) -> None:
     """With dropout and documents kept apart. Each kernel ran in every step, and not once where torch was asked for."""
     config = write(tmp_path, tiny_data, 0.1, across=False)
-    plain = train(config, "torch", *TORCH)
-    ours = train(config, "triton", *TRITON)
+    plain = train(config, tmp_path / "torch", *TORCH)
+    ours = train(config, tmp_path / "triton", *TRITON)
     same(ours.losses, plain.losses, 1e-5)
     same(ours.norms, plain.norms, 1e-5)
     assert plain.losses[-1] < plain.losses[0] - 0.1
-    assert plain.launches == {}
-    assert set(ours.launches) == ATTENTION | OPTIMIZER | LOSS
+    assert plain.launches == [{}]
+    (launches,) = ours.launches
+    assert set(launches) == ATTENTION | OPTIMIZER | LOSS
     # One layer; and the self-test before the first step.
-    assert all(ours.launches[name] == STEPS + 1 for name in ATTENTION)
-    assert all(ours.launches[name] == STEPS for name in OPTIMIZER)
+    assert all(launches[name] == STEPS + 1 for name in ATTENTION)
+    assert all(launches[name] == STEPS for name in OPTIMIZER)
 
 
 def test_fifty_steps_by_flash_attention_are_those_by_torch(tmp_path: Path, tiny_data: Path) -> None:
     config = write(tmp_path, tiny_data, 0.0, across=True)
-    plain, flash = train(config, "torch", *TORCH), train(config, "flash", "kernels.attention=flash", *TORCH[1:])
+    plain = train(config, tmp_path / "torch", *TORCH)
+    flash = train(config, tmp_path / "flash", "kernels.attention=flash", *TORCH[1:])
     same(flash.losses, plain.losses, 1e-5)
     same(flash.norms, plain.norms, 1e-5)
 
@@ -97,8 +112,8 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tu
     """The config, and its losses by torch in one process."""
     folder = tmp_path_factory.mktemp("zero")
     config = write(folder, tiny_data, 0.1, across=False)
-    result = run_python(["pretrain", "train", config, f"run.dir={folder}/one", *SHORT])
-    assert result.returncode == 0, result.stderr
+    ran = command("train", config, f"run.dir={folder}/one", *SHORT)
+    assert ran.code == 0, ran.told
     return config, [line["loss"] for line in read_metrics(folder / "one")]
 
 
@@ -106,19 +121,6 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tu
 def test_the_kernels_run_inside_zero(tmp_path: Path, three_steps: tuple[Path, list[float]], stage: int) -> None:
     """On both ranks; the norm is DeepSpeed's own."""
     config, losses = three_steps
-    overrides = [f"run.dir={tmp_path}/run", *SHORT, f"parallel.zero={stage}", *TRITON]
-    ranks = {"TRITON_INTERPRET": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    processes = [
-        start_python(
-            ["tests.pretrain.counted", tmp_path / f"{rank}.json", "train", config, *overrides],
-            env={**ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, out + err
-    for rank in range(2):
-        found = Trained(tmp_path / "run", tmp_path / f"{rank}.json")
-        assert found.losses == pytest.approx(losses, rel=1e-5)
-        assert set(found.launches) == ATTENTION | LOSS | {"adamw_kernel"}
+    found = train(config, tmp_path / "run", *SHORT, f"parallel.zero={stage}", *TRITON, world=2)
+    assert found.losses == pytest.approx(losses, rel=1e-5)
+    assert [set(launches) for launches in found.launches] == [ATTENTION | LOSS | {"adamw_kernel"}] * 2

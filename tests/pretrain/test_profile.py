@@ -148,18 +148,22 @@ def test_what_takes_long_is_found_in_its_part(tmp_path: Path, tiny_data: Path) -
 def test_several_processes_tell_of_all_and_each_writes_its_trace(
     tmp_path: Path, tiny_data: Path, axis: str, micro_size: int
 ) -> None:
-    """Through the launcher. Communication lies between the passes of a pipeline, and within them under tensors."""
+    """The pipeline through the launcher. Communication lies between its passes, and within them under tensors."""
     config = write_config(tmp_path, tiny_data)
     layout = (f"parallel.{axis}=2", f"batch.micro_size={micro_size}")
     options = (*QUICK, "model.num_layers=2", "schedule.total=6 steps", "--profile", "2", *layout)
-    result = run_python(["launch", "local", config, "--processes", "2", *options], timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "(mean of steps 4 to 5, 2 ranks; the profiler's own cost is in it)" in result.stdout
-    rows = rows_of(result.stdout)
+    if axis == "pipeline":
+        result = run_python(["launch", "local", config, "--processes", "2", *options], timeout=300)
+        code, out, err = result.returncode, result.stdout, result.stderr
+    else:
+        code, out, err = command("train", config, *options, world=2)
+    assert code == 0, err
+    assert "(mean of steps 4 to 5, 2 ranks; the profiler's own cost is in it)" in out
+    rows = rows_of(out)
     assert_sums_to_the_step(rows)
     assert all(row[2] <= row[0] <= row[3] for row in rows.values())
     assert all(rows[part][2] > 0 for part in PARTS)
-    assert "profiler_start" not in result.stderr
+    assert "profiler_start" not in err
     for rank in range(2):
         ranges = ranges_of(tmp_path / "run", rank)
         assert len(ranges["pretrain: step"]) == 2

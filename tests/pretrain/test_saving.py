@@ -66,7 +66,7 @@ def test_no_rank_waits_for_the_disk_of_another(tmp_path: Path, tiny_data: Path, 
     config = write_config(tmp_path, tiny_data)
     options = [*running.SHORT, "batch.micro_size=1", f"parallel.zero={zero}", "monitor.validate_every=null"]
     fault = partial(hold_the_first_write, 2, 1)
-    for ran in run_ranks(2, running._main, ["train", str(config), *options], fault, timeout=60):
+    for ran in run_ranks(2, running.run_main, ["train", str(config), *options], fault, timeout=60):
         assert ran.code == 0, ran.told
     assert running.steps_of(tmp_path / "run") == [9, 12]
 
