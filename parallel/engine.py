@@ -90,15 +90,15 @@ def set_weights(engine: Engine, values: Callable[[str, nn.Parameter], Tensor]) -
 
 
 def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> AdamW:
-    """The optimizer of every engine, which DeepSpeed is given too; no decay on norms and biases."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """The optimizer of every engine, which DeepSpeed is given too; no decay on norms and biases. A parameter's `rate`, 1
+    unless it has one, multiplies the learning rate."""
+    by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        (decayed if parameter.decay else plain).append(parameter)  # type: ignore[attr-defined]
+        kind = not parameter.decay, getattr(parameter, "rate", 1.0)  # type: ignore[attr-defined]
+        by_kind.setdefault(kind, []).append(parameter)
     groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, options.weight_decay), (plain, 0.0))
-        if group
+        {"params": group, "weight_decay": 0.0 if plain else options.weight_decay, "rate": rate}
+        for (plain, rate), group in sorted(by_kind.items(), key=lambda item: item[0])
     ]
     return AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, backend=options.backend)
 
@@ -118,4 +118,4 @@ class Counted:
 
     def _set_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]

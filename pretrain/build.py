@@ -73,8 +73,19 @@ def build_stages(
             model = make_model(config, parts, shape, cut.layers, cut.first, cut.last)
         except Refused as error:
             raise UserError(f"kernels.attention: {error}") from None
+        for path, parameter in model.named_parameters():
+            parameter.rate = learning_rate_of(path, config)  # type: ignore[attr-defined]
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
+
+
+def learning_rate_of(path: str, config: Config) -> float:
+    """Of a parameter, as a share of the learning rate: 1 for what is above the blocks, layer_decay for the last block and
+    its powers downwards, the embeddings at the bottom (Howard and Ruder 2018, section 3.2; Clark et al. 2020, "ELECTRA")."""
+    decay, parts, depth = config.optimizer.layer_decay, path.split("."), config.model.num_layers
+    if parts[0] == "blocks":
+        return decay ** (depth - int(parts[1]))  # type: ignore[no-any-return]
+    return decay ** (depth + 1) if parts[0] in ("embedding", "positions", "segments", "embedding_norm") else 1.0  # type: ignore[no-any-return]
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[int]:

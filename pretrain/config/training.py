@@ -55,6 +55,9 @@ class OptimizerConfig(Section):
     )
     epsilon: float = meaning(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = meaning(0.1, "times the learning rate, taken off the weights each step", ge=0)
+    layer_decay: float = meaning(
+        1.0, "learning rate of each block as a share of the one above it; the embeddings' is the lowest", gt=0, le=1
+    )
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
 
     def problems(self) -> Iterator[Problem]:

@@ -99,13 +99,16 @@ def test_killed_and_started_again_it_is_the_same_run(kind: str, tuned: Tuned, tm
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
+DECAY = "optimizer.layer_decay=0.7"
 LAYOUTS = ("tp=2,sp", "cp=2", "pp=2,zero=1", "dp=2,zero=2")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_trains_the_same(kind: str, layout: str, tuned: Tuned, tmp_path: Path) -> None:
-    config = runs.open_config(str(tuned.config(kind)), [f"run.dir={tmp_path / 'run'}", "optimizer.epsilon=1e-5"], 1)
+    config = runs.open_config(
+        str(tuned.config(kind)), [f"run.dir={tmp_path / 'run'}", "optimizer.epsilon=1e-5", DECAY], 1
+    )
     case = verify.case_of(config, layout)
     one = run_ranks(1, verify.trace, verify._alone(config), 4)[0]
     other = run_ranks(1, verify.trace, verify._alone(verify.with_micro(config, 8)), 4)[0]
@@ -181,6 +184,31 @@ def test_weights_begin_as_the_initial_models_but_for_what_is_reset(tuned: Tuned,
     assert all(name.startswith("blocks.1.") or name in same for name in body)
     assert not any(name in same for name in body if name.startswith("blocks.1.") and name.endswith("q.weight"))
     assert not everything["embedding.weight"].equal(base["embedding.weight"])
+
+
+def test_lower_layers_learn_more_slowly_by_the_decay(tuned: Tuned, tmp_path: Path) -> None:
+    """Adam's first step moves every element by the learning rate, whatever its gradient."""
+    config = tiny.write_config(tmp_path, "classification", tiny.bert(tuned.shards))
+    short = (
+        "schedule.total=1 steps",
+        "schedule.warmup=0 steps",
+        "optimizer.weight_decay=0",
+        "schedule.final_fraction=1.0",
+    )
+    ran = running.command("train", config, *short, DECAY, "optimizer.learning_rate=1e-3", "model.dropout=0")
+    assert ran.code == 0, ran.told
+    before = {name.split(":")[1]: value for name, value in running.tensors_of(tiny.bert(tuned.shards), 4).items()}
+    after = {name.split(":")[1]: value for name, value in running.tensors_of(tmp_path / "run", 1).items()}
+
+    def moved(name: str) -> float:
+        return (after[name] - before[name]).abs().median().item()
+
+    for name, rate in {
+        "blocks.1.feed_forward.down.weight": 0.7,
+        "blocks.0.feed_forward.down.weight": 0.7**2,
+        "positions": 0.7**3,
+    }.items():
+        assert moved(name) == pytest.approx(1e-3 * rate, rel=0.02), name
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
