@@ -31,7 +31,7 @@ HELD = 16  # steps of samples that the bare loop keeps in memory, and goes throu
 def bare_steps(run: Run, losses: list[float] | None = None) -> Iterator[float]:
     """Train for ever a model of the run's config on its first samples; the seconds of each step."""
     config = run.config
-    model = GPT(config.model, Parts(), run.sources.train.vocab_size, config.data.seq_length)
+    model = GPT(config.model, Parts(), run.sources.vocabulary.size, config.data.seq_length)
     initialise(model, config.run.seed)
     forward = torch.compile(model.forward, dynamic=False) if config.precision.compile == "always" else model
     options = optimizer_options(config)

@@ -36,7 +36,7 @@ def measure(config: str, layout: str, overrides: list[str]) -> list[dict[str, An
                 update = run.update()
             run.advance(data, update)
             run.log(data, loss, update)
-    vocab_size = run.sources.train.vocab_size
+    vocab_size = run.sources.vocabulary.size
     layers = stage_layers(run.config, vocab_size)
     formula = memory(run.config, run.grid.layout, layers, vocab_size, run.grid.stage)
     ours = {**_peaks(profiler), "formula": formula._asdict(), "expected": formula.peak}

@@ -14,6 +14,7 @@ from parallel.grid import start_grid
 from parallel.layout import Layout
 from parallel.stages import parameter_paths
 from pretrain.build import build
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 from tests.parallel.test_boxes import VOCABULARY, make_config
 from tests.parallel.test_gradients import SIZES, gradients
@@ -88,7 +89,7 @@ def train(text: str, compute: str, steps: int) -> Trained:
     grid = start_grid(layout, 60)
     with mock.patch("parallel.averaging.BUCKET", SMALL):
         axes = ("tensor", "context", "pipeline", "virtual", "zero")
-        built = build(make_config({axis: getattr(layout, axis) for axis in axes}, compute), grid, VOCABULARY)
+        built = build(make_config({axis: getattr(layout, axis) for axis in axes}, compute), grid, Sizes(VOCABULARY))
     averaging: Averaging = built.engine.averaging  # type: ignore[attr-defined]
     forwards, in_step, sent = [0], [False], []
     for stage in built.stages:

@@ -28,6 +28,7 @@ from pretrain.checkpoint import State
 from pretrain.config.run import Config
 from pretrain.models.gpt import GPT
 from pretrain.saving import Order, Saver
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 
 VOCABULARY, SEED = 131, 5
@@ -81,7 +82,7 @@ def wander(layout: Layout, compute: str, source: Path | None, target: Path) -> S
     """Build under a layout; load what another wrote (or make it up); write it again."""
     grid = start_grid(layout, 60)
     parallel = {axis: getattr(layout, axis) for axis in ("tensor", "sequence", "pipeline", "virtual", "zero")}
-    built = build(make_config(parallel, compute), grid, VOCABULARY)
+    built = build(make_config(parallel, compute), grid, Sizes(VOCABULARY))
     initial = held_boxes(built.engine, grid)
     if source is None:
         write_truth(built.engine)

@@ -19,13 +19,14 @@ torch.set_num_threads(1)
 from parallel.grid import start_grid, stop_grid
 from parallel.layout import Layout
 from pretrain.build import build
+from pretrain.sizes import Sizes
 from tests.parallel.test_boxes import VOCABULARY, make_config
 from tests.parallel.test_zero import take_step
 
 layout = Layout(zero=2, offload=True)  # at stage 1, and alone, there is nothing to share: no DeepSpeed
 grid = start_grid(layout, 60)
 for compute in ("fp32", "bf16"):
-    built = build(make_config({"zero": 2, "offload": True}, compute), grid, VOCABULARY)
+    built = build(make_config({"zero": 2, "offload": True}, compute), grid, Sizes(VOCABULARY))
     after = take_step(built, layout, None, 0)
     assert after.step.applied and after.updates == 1, after.step
 assert "deepspeed" in sys.modules

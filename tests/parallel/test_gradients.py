@@ -15,6 +15,7 @@ from parallel.grid import start_grid
 from parallel.layout import Layout
 from parallel.stages import parameter_paths
 from pretrain.build import build
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 from tests.parallel.test_boxes import VOCABULARY, make_config
 from tests.parallel.test_zero import batch_of_tokens
@@ -75,7 +76,7 @@ def sums_of_a_step(text: str, compute: str, micro_batches: int) -> tuple[list[in
     axes = ("tensor", "sequence", "pipeline", "virtual", "zero")
     config = make_config({axis: getattr(layout, axis) for axis in axes}, compute)
     config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 8})})
-    built = build(config, grid, VOCABULARY)
+    built = build(config, grid, Sizes(VOCABULARY))
     built.train(True)
     found: list[int] = []
     original = torch.distributed.all_reduce

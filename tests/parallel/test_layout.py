@@ -23,6 +23,7 @@ from parallel.logical import logical_tensors
 from parallel.stages import cuts, layers_of_parts
 from pretrain.build import build_stages
 from pretrain.config.run import Config
+from pretrain.sizes import Sizes
 
 degrees = st.integers(1, 64)
 layouts = st.builds(
@@ -245,7 +246,7 @@ def counts(config: Config, layout: Layout, stage: int) -> Tensors:
     found: Tensors = {}
     for rank in range(layout.tensor):
         with torch.device("meta"):
-            stages = build_stages(config, place(layout, rank, stage), 200, torch.float32, False, Backends())
+            stages = build_stages(config, place(layout, rank, stage), Sizes(200), torch.float32, False, Backends())
         for part in stages:
             for name, piece, parameter in logical_tensors(part.module):
                 whole = found.setdefault(name, np.zeros(piece.shape, dtype=int))

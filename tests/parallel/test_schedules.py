@@ -10,6 +10,7 @@ from parallel.grid import start_grid
 from parallel.layout import Layout
 from parallel.stages import parameter_paths
 from pretrain.build import build
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 from tests.parallel.test_boxes import VOCABULARY, make_config
 from tests.parallel.test_zero import batch_of_tokens
@@ -24,7 +25,7 @@ def gradients_of(text: str) -> list[list[Tensor]]:
     config = make_config({axis: getattr(layout, axis) for axis in ("context", "pipeline", "virtual", "zero")}, "fp32")
     found = []
     for scale in (SCALE, torch.tensor(SCALE, device=grid.device)):
-        built = build(config, grid, VOCABULARY)
+        built = build(config, grid, Sizes(VOCABULARY))
         built.train(True)
         built.schedule.run([batch_of_tokens()] * 4, scale=scale)
         found.append([parameter.grad for parameter in parameter_paths(built.stages) if parameter.grad is not None])

@@ -15,6 +15,7 @@ from parallel.grid import start_grid
 from parallel.layout import Layout
 from parallel.stages import parameter_paths
 from pretrain.build import Built, build
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 from tests.parallel.test_boxes import VOCABULARY, make_config
 
@@ -53,7 +54,7 @@ def steps(text: str, compute: str, spoils: list[list[float | None]]) -> list[lis
     grid = start_grid(layout, 60)
     parallel = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "zero")}
     config = make_config(parallel, compute)
-    trainings = [(build(config, grid, VOCABULARY), of) for of in spoils]
+    trainings = [(build(config, grid, Sizes(VOCABULARY)), of) for of in spoils]
     return [[take_step(built, layout, spoil, grid.rank) for spoil in of] for built, of in trainings]
 
 
@@ -67,7 +68,7 @@ def accumulated(text: str) -> list[float]:
     """One gradient as the optimizer saw it, made of 1 and four times 1/1024: bfloat16 cannot add these."""
     layout = Layout.parse(text)
     grid = start_grid(layout, 60)
-    built = build(make_config({"zero": layout.zero}, "bf16"), grid, VOCABULARY)
+    built = build(make_config({"zero": layout.zero}, "bf16"), grid, Sizes(VOCABULARY))
     parts = iter([1.0, *[2.0**-10] * 4])
     names = parameter_paths(built.stages)
     parameter = next(parameter for parameter, path in names.items() if path.endswith("down.weight"))
@@ -123,7 +124,7 @@ def steps_of_the_optimizer(text: str, compute: str) -> tuple[list[tuple[int, int
     layout = Layout.parse(text)
     grid = start_grid(layout, 60)
     parallel = {"zero": layout.zero, "offload": layout.offload}
-    built = build(make_config(parallel, compute), grid, VOCABULARY)
+    built = build(make_config(parallel, compute), grid, Sizes(VOCABULARY))
     optimizer = built.engine.optimizer  # type: ignore[attr-defined]
     given = getattr(built.engine, "zero", None)
     found = []

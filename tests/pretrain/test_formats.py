@@ -19,6 +19,7 @@ from pretrain.build import build
 from pretrain.config.run import Config
 from pretrain.models.gpt import GPT
 from pretrain.opening import FORMAT
+from pretrain.sizes import Sizes
 from pretrain.storage import tensor_name
 from tests.distributed import run_ranks
 from tests.pretrain.formats import STATE, WRITERS, Tensors
@@ -58,7 +59,7 @@ def tensors_of_model() -> Tensors:
 
 def load(run: Path, layout: Layout) -> Loaded:
     grid = start_grid(layout, 60)
-    built = build(make_config(layout), grid, VOCABULARY)
+    built = build(make_config(layout), grid, Sizes(VOCABULARY))
     found = checkpoint.latest(run, grid=grid)
     assert found is not None
     checkpoint.load_engine(found, built.engine, grid)

@@ -16,11 +16,13 @@ from parallel.schedules import Schedule
 from parallel.stages import Cut, Stage, cuts
 from parallel.zero import make_engine
 from pretrain import memory
-from pretrain.build import Model, build, make_model, optimizer_options, stage_layers
+from pretrain.build import build, optimizer_options, stage_layers
 from pretrain.config.run import Config
+from pretrain.models.make import Model, make_model
 from pretrain.objectives.batch import Batch, MaskedBatch
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.masked import Masked, Symbols
+from pretrain.sizes import Sizes
 from tests.distributed import run_ranks
 
 VOCABULARY = 300
@@ -65,7 +67,7 @@ def whole(config: Config) -> memory.Place:
 
 
 def model_of(config: Config) -> Model:
-    model = make_model(config, Parts(), VOCABULARY)
+    model = make_model(config, Parts(), Sizes(VOCABULARY))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model.to(torch.bfloat16 if config.precision.compute == "bf16" else torch.float32)
@@ -91,7 +93,7 @@ def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
     for stage in range(2):
         cut: Cut = cuts(layers, 2, stage)[0]
         with torch.device("meta"):
-            model = make_model(config, Parts(TensorAxis(tensor, 0)), VOCABULARY, cut.layers, cut.first, cut.last)
+            model = make_model(config, Parts(TensorAxis(tensor, 0)), Sizes(VOCABULARY), cut.layers, cut.first, cut.last)
         place = memory._place(config, Layout(tensor=tensor, pipeline=2), layers, VOCABULARY, stage)
         assert memory.parameters(place) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -187,7 +189,7 @@ def peak_in_rank(config: Config) -> tuple[int, int]:
     layout = Layout.of(config.parallel, rank_and_world()[1])
     grid = start_grid(layout, 60)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        built = build(config, grid, VOCABULARY)
+        built = build(config, grid, Sizes(VOCABULARY))
         for step in range(2):
             count = config.batch.size // layout.data // config.batch.micro_size
             with torch.profiler.record_function(MARK if step else "first"):  # which makes what stays
