@@ -157,7 +157,7 @@ class Run:
         made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
-        told = self.grid.total_on_host(*counted.tolist(), self.interrupt.asked, self.saver.failed)
+        told = self.grid.total_on_host(*counted.numpy().tolist(), self.interrupt.asked, self.saver.failed)
         *targets, stop, failed = told
         if failed:
             self.finish_saving()  # which raises
