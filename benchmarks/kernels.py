@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.available import unsupported
 from kernels.backends import BACKENDS, Call, attend, refusal
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.cross_entropy_triton import unsupported
 from kernels.noise import sample_keys
 from kernels.selftest import where
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Backend = Literal["triton", "torch"]
 Wish = Literal["auto", "triton", "torch"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FIRST_CAPABILITY = (8, 0)  # what the kernels are compiled for in the tests
 
 
@@ -28,6 +30,23 @@ def no_triton(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, they need 8.0 or later"
     return ""
+
+
+def unsupported(x: Tensor) -> str:
+    """Why Triton's kernels cannot run on x's type and device: one phrase, "" if they can."""
+    if x.dtype not in DTYPES:
+        return f"they take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if reason := no_triton(x.device):
+        return reason
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return "Triton's interpreter is wrong about bfloat16"  # its products of matrices, and what it stores is cut off
+    return ""
+
+
+def must_run(x: Tensor) -> None:
+    """Raises ValueError where Triton's kernels cannot run on x."""
+    if reason := unsupported(x):
+        raise ValueError(f"triton cannot run on {x.device}: {reason}. torch can")
 
 
 def choose(wish: Wish, device: torch.device, why_not: Callable[[], str]) -> tuple[Backend, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels import cross_entropy_triton, selftest
-from kernels.available import choose, no_triton
+from kernels import selftest
+from kernels.available import choose, no_triton, unsupported
 from kernels.backends import Backends, Refused
 from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
@@ -92,7 +92,7 @@ def choose_kernels(config: Config, grid: Grid, backends: Backends) -> tuple[str,
     Raises UserError where a wish cannot be met or the self-test fails."""
     told, passed_over = [f"attention {backends.told()}"], [f"attention, {who}" for who in backends.passed_over()]
     sample = torch.empty(0, device=grid.device, dtype=DTYPES[config.precision.compute])
-    reasons = {"loss": lambda: cross_entropy_triton.unsupported(sample), "optimizer": lambda: no_triton(grid.device)}
+    reasons = {"loss": lambda: unsupported(sample), "optimizer": lambda: no_triton(grid.device)}
     for name, why_not in reasons.items():
         try:
             who, reason = choose(getattr(config.kernels, name), grid.device, why_not)

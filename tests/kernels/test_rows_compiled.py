@@ -1,0 +1,159 @@
+"""Activations, rotary positions and norms compiled for GPUs that are not there: nothing spills, all moves 128 bits at a time.
+
+Each run compiles a few cases; `--all-kernels` compiles every one. The table has all of them.
+
+python -m tests.kernels.test_rows_compiled      # prints the table for the installed Triton
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.kernels.offline import Driver, Recorder
+from tests.kernels.test_adamw_compiled import accesses, machine_code, numbers_of
+from tests.kernels.workers import compiled_once
+
+TABLE = Path(__file__).with_name("rows_compiled.json")
+ROWS, FEATURES = 4096, 4096
+SOURCES = ["kernels/triton/*.py", "kernels/*_triton.py", "kernels/rows.py", "tests/kernels/test_*_compiled.py"]
+
+
+class Case(NamedTuple):
+    """One way of calling an operator, forward and backward, on one device."""
+
+    device: int
+    operator: str
+    dtype: str
+    kind: str
+
+    def __str__(self) -> str:
+        return " ".join((f"sm_{self.device}", *self[1:]))
+
+
+CASES = [
+    *(
+        Case(device, "activation", dtype, kind)
+        for device in (80, 90, 100)
+        for dtype in ("bfloat16", "float32")
+        for kind in ("gelu biased", "silu gated")
+    ),
+    *(Case(90, "activation", "bfloat16", kind) for kind in ("gelu-tanh biased", "relu", "gelu gated biased", "narrow")),
+    Case(90, "activation", "float16", "silu gated"),
+]
+FEW = [
+    Case(90, "activation", "bfloat16", "gelu gated biased"),
+    Case(80, "activation", "float32", "silu gated"),
+]
+Numbers = dict[str, dict[str, int]]  # by kernel
+
+
+# -- what is compiled --------------------------------------------------------------------------------------------------
+
+
+def run_activation(case: Case) -> None:
+    from kernels import activation_triton as product
+
+    curve, *words = ["gelu", "biased"] if case.kind == "narrow" else case.kind.split()
+    features = 1 if case.kind == "narrow" else FEATURES
+    width, dtype = features * (2 if "gated" in words else 1), getattr(torch, case.dtype)
+    x, grad = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(ROWS, features, dtype=dtype)
+    bias = torch.zeros(width, dtype=dtype) if "biased" in words else None
+    product.activate(x, bias, curve, "gated" in words)
+    product.differentiate(grad, x, bias, curve, "gated" in words)
+
+
+OPERATORS: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {
+    "activation": (run_activation, ("forward", "backward")),
+}
+
+
+def compiled(case: Case) -> Iterator[tuple[str, Any]]:
+    """As the product's own launches compile them."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(Driver(case.device))  # type: ignore[arg-type]
+    module = import_module(f"kernels.triton.{case.operator}")
+    run, names = OPERATORS[case.operator]
+    with ExitStack() as stack:
+        recorders = {name: Recorder(getattr(module, f"{name}_kernel")) for name in names}
+        for name, recorder in recorders.items():
+            stack.enter_context(mock.patch.object(module, f"{name}_kernel", recorder))
+        run(case)
+    for name, recorder in recorders.items():
+        for built in recorder.compiled:
+            yield name, built
+
+
+def looked_at(case: Case) -> Numbers:
+    """Of each kernel the numbers of its machine code, and how many of its accesses are of fewer than 128 bits."""
+    found = {}
+    for name, built in compiled(case):
+        each = [access for stretch in accesses(machine_code(built)[1]) for access in stretch]
+        found[name] = {**numbers_of(built), "narrow": sum(not access.endswith(".128") for access in each)}
+    return found
+
+
+# -- what is promised of it --------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = CASES if metafunc.config.getoption("--all-kernels") else FEW
+        metafunc.parametrize("case", cases, ids=str)
+
+
+def known() -> dict[str, Numbers]:
+    import triton
+
+    tables = json.loads(TABLE.read_text())
+    assert triton.__version__ in tables, (
+        f"no numbers for Triton {triton.__version__} in {TABLE.name}: look at what "
+        "`python -m tests.kernels.test_rows_compiled` prints, and add it if it is no worse"
+    )
+    return tables[triton.__version__]
+
+
+def unkept(case: Case, numbers: Numbers) -> list[str]:
+    """What breaks a promise."""
+    wrong = []
+    for kernel, found in numbers.items():
+        if found["stack"] or found["spills"]:
+            wrong.append(f"{kernel} spills")
+        if case.kind != "narrow" and found["narrow"]:
+            wrong.append(f"{kernel} has {found['narrow']} narrow accesses")
+        if case.kind != "narrow" and not (found["wide_loads"] and found["wide_stores"]):
+            wrong.append(f"{kernel} moves nothing")
+    return wrong
+
+
+def test_all_moves_in_accesses_of_128_bits_and_nothing_spills(case: Case, request: pytest.FixtureRequest) -> None:
+    numbers = compiled_once(request.config.cache, SOURCES, looked_at, case)
+    assert unkept(case, numbers) == []
+    wanted = known()[str(case)]
+    for kernel, found in numbers.items():
+        more = {name for name in found if found[name] > wanted[kernel][name]}
+        assert more == set(), (kernel, found, wanted[kernel])
+
+
+def test_the_table_has_every_case_and_holds_what_is_promised() -> None:
+    assert list(known()) == list(map(str, CASES))
+    assert [unkept(case, known()[str(case)]) for case in CASES] == [[]] * len(CASES)
+
+
+def main() -> None:
+    import triton
+
+    print(json.dumps({triton.__version__: {str(case): looked_at(case) for case in CASES}}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
