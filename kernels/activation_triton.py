@@ -30,7 +30,7 @@ def activate(x: Tensor, bias: Tensor | None, curve: str, gated: bool) -> Tensor:
     if out.numel():
         rows, width = rows_of(x), out.shape[-1]
         tiles = -(-len(rows) // tile_of(width)[0])
-        launch("forward_kernel", tiles, bias, curve, gated, rows, out, len(rows), rows.stride(0), width)
+        launch("activation_kernel", tiles, bias, curve, gated, rows, out, len(rows), rows.stride(0), width)
     return out
 
 
@@ -47,11 +47,11 @@ def differentiate(grad: Tensor, x: Tensor, bias: Tensor | None, curve: str, gate
         return slope, _like(bias, x).zero_()
     rows, grads, width = rows_of(x), rows_of(grad), grad.shape[-1]
     tile = tile_of(width)[0]
-    step = tile if bias is None else strip_rows(len(rows), tile)
+    step = tile if bias is None else strip_rows(len(rows), x.shape[-1], tile)
     strips = -(-len(rows) // step)
     sums = torch.empty(strips if bias is not None else 0, x.shape[-1], dtype=torch.float32, device=x.device)
     numbers = (len(rows), grads.stride(0), rows.stride(0), width, step)
-    launch("backward_kernel", strips, bias, curve, gated, rows, grads, slope, sums, *numbers)
+    launch("activation_backward_kernel", strips, bias, curve, gated, rows, grads, slope, sums, *numbers)
     return slope, _like(bias, x) if bias is None else sums.sum(0).to(bias.dtype)
 
 

@@ -1,17 +1,16 @@
 """What the kernels that go row by row have in common: tensors as matrices, and sums over rows in one order.
 
 A sum over rows (the gradient of a bias) is taken by strips: a program adds up its strip's rows in a register for each column,
-and torch adds up the strips. How rows are cut depends on their number alone, so twice the same inputs give twice the same
-bits, on any device.
+and torch adds up the strips. How rows are cut depends on the shape alone, so twice the same inputs give twice the same bits,
+on any device.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-# Strips at most. More would fill a GPU with narrow rows better and cost more for the sums of the strips, which are 4 bytes
-# a strip and column: with 8,192 rows and a strip of 32 that is a sixteenth of the bytes of one bfloat16 tensor.
-STRIPS = 256
+SUMS = 2**20  # float32 sums that the strips leave, about: 4 MB to write and read, and enough programs for a GPU
+FEWEST_STRIPS = 128
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -20,9 +19,10 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def strip_rows(num_rows: int, tile: int) -> int:
+def strip_rows(num_rows: int, width: int, tile: int) -> int:
     """Rows of a strip, a multiple of those of a tile."""
-    return -(-num_rows // (STRIPS * tile)) * tile
+    strips = max(FEWEST_STRIPS, SUMS // power(width))
+    return -(-num_rows // (strips * tile)) * tile
 
 
 def power(number: int) -> int:

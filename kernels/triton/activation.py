@@ -50,7 +50,7 @@ def _load(lines, bias, columns, mask, width, BIASED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def activation_kernel(
     x, bias, out, rows, stride, width,
     CURVE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "step"])
-def backward_kernel(
+def activation_backward_kernel(
     x, bias, grad, slope, partial, rows, grad_stride, stride, width, step,
     CURVE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

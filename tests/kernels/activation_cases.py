@@ -44,7 +44,8 @@ def cut(setting: Setting) -> Iterator[None]:
     with (
         mock.patch.object(activation_triton, "COLUMNS", setting.columns),
         mock.patch.object(activation_triton, "ELEMENTS", setting.elements),
-        mock.patch.object(rows, "STRIPS", setting.strips),
+        mock.patch.object(rows, "SUMS", 0),
+        mock.patch.object(rows, "FEWEST_STRIPS", setting.strips),
     ):
         yield
 

@@ -24,6 +24,7 @@ from tests.kernels.workers import compiled_once
 
 TABLE = Path(__file__).with_name("rows_compiled.json")
 ROWS, FEATURES = 4096, 4096
+SCALARS = {"activation": 0, "rotary": 1, "norm": 6}  # accesses at most of a token's place, of rows' statistics and keys
 SOURCES = ["kernels/triton/*.py", "kernels/*_triton.py", "kernels/rows.py", "tests/kernels/test_*_compiled.py"]
 
 
@@ -51,12 +52,23 @@ CASES = [
     *(Case(device, "rotary", dtype, "128") for device in (80, 90, 100) for dtype in ("bfloat16", "float32")),
     *(Case(90, "rotary", "bfloat16", kind) for kind in ("64 placed", "80", "narrow")),
     Case(90, "rotary", "float16", "128"),
+    *(
+        Case(device, "norm", "bfloat16", f"layer {width} all")
+        for device in (80, 90, 100)
+        for width in (768, 4096, 8192)
+    ),
+    *(Case(device, "norm", "bfloat16", "rms 4096") for device in (80, 90, 100)),
+    *(Case(90, "norm", "bfloat16", kind) for kind in ("rms 4096 added", "rms 8192 all", "narrow")),
+    *(Case(90, "norm", "float32", f"{kind} all") for kind in ("layer 768", "layer 4096", "rms 4096")),
+    Case(90, "norm", "float16", "layer 4096 all"),
 ]
 FEW = [
     Case(90, "activation", "bfloat16", "gelu gated biased"),
     Case(80, "activation", "float32", "silu gated"),
     Case(90, "rotary", "bfloat16", "64 placed"),
     Case(100, "rotary", "float32", "128"),
+    Case(90, "norm", "bfloat16", "layer 4096 all"),
+    Case(80, "norm", "bfloat16", "rms 4096"),
 ]
 Numbers = dict[str, dict[str, int]]  # by kernel
 
@@ -88,9 +100,22 @@ def run_rotary(case: Case) -> None:
     product.turn(q, k, angles, angles, positions, False)
 
 
+def run_norm(case: Case) -> None:
+    from kernels import norm_triton as product
+
+    kind, width, *words = ["layer", "1", "all"] if case.kind == "narrow" else case.kind.split()
+    layer, rows = kind == "layer", 1 if case.kind == "narrow" else ROWS
+    x, weight = (torch.zeros(size, dtype=getattr(torch, case.dtype)) for size in ((1, rows, int(width)), int(width)))
+    residual, bias = x if words else None, weight if layer else None
+    keys, dropout = (torch.zeros(1, dtype=torch.int32), 0.1) if words == ["all"] else (None, 0.0)
+    *_, statistics = product.normalise(x, residual, weight, bias, keys, layer, 1e-5, dropout, 3, 0)
+    product.differentiate(x, residual, x, weight, keys, statistics, layer, layer, 1e-5, dropout, 3, 0)
+
+
 OPERATORS: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {
-    "activation": (run_activation, ("forward", "backward")),
+    "activation": (run_activation, ("activation", "activation_backward")),
     "rotary": (run_rotary, ("rotary",)),
+    "norm": (run_norm, ("norm", "norm_backward")),
 }
 
 
@@ -146,7 +171,7 @@ def unkept(case: Case, numbers: Numbers) -> list[str]:
     for kernel, found in numbers.items():
         if found["stack"] or found["spills"]:
             wrong.append(f"{kernel} spills")
-        if case.kind != "narrow" and found["narrow"] > ("placed" in case.kind):  # the position itself
+        if case.kind != "narrow" and found["narrow"] > SCALARS[case.operator]:
             wrong.append(f"{kernel} has {found['narrow']} narrow accesses")
         if case.kind != "narrow" and not (found["wide_loads"] and found["wide_stores"]):
             wrong.append(f"{kernel} moves nothing")
