@@ -1,4 +1,4 @@
-"""Attention and the loss by every backend that this device has, forward and backward, in turn in one run.
+"""Attention, the loss, norms, rotary positions and activations by every backend that this device has, in turn in one run.
 
   attention   (B, S) with B S = 16,384, 2,048 features in heads of 64 or 128: causal, full, a window of 1,024, 8 documents a
               sequence, dropout; FlexAttention too, which users compare with. TFLOP/s count the products of the keys that
@@ -6,6 +6,9 @@
   loss        8,192 tokens over 32,768 to 131,072 classes: this project's linear + cross-entropy by Triton and by torch,
               torch's own whole logits, and F.linear_cross_entropy where torch has it. TFLOP/s count 8 M H V (two products
               a chunk beside the logits' own and its gradient's).
+  rows        16,384 tokens: norms of 1,024 to 8,192 features, alone and with the residual sum and dropout; rotary positions
+              of 32 + 8 heads of 128; activations with their bias. By Triton, by torch.compile of the same in torch, and by
+              that eagerly. Bytes are those that must be moved; the share is of what a copy reaches in the same run.
 
 On a GPU times are medians of CUDA events; `--small` takes sizes that a CPU, Triton's interpreter even, gets through.
 """
@@ -16,9 +19,9 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import REPOSITORY, about, arguments, seconds
 
@@ -28,10 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activation import activate
+from kernels.available import unsupported
 from kernels.backends import BACKENDS, Call, attend, refusal
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.cross_entropy_triton import unsupported
 from kernels.noise import sample_keys
+from kernels.norm import add_norm, norm
+from kernels.rotary import rotary_angles, rotary_pair
 from kernels.selftest import where
 
 FEATURES = 2048
@@ -57,6 +63,7 @@ def main() -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "attention": list(_attention(device, dtype, args)),
         "loss": list(_loss(device, dtype, args)),
+        "rows": list(_rows(device, dtype, args)),
     }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -211,15 +218,108 @@ def _peak(run: Callable[[], Tensor], leaves: list[Tensor], device: torch.device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
+# -- norms, rotary positions, activations --------------------------------------------------------------------------
+
+
+class Operator(NamedTuple):
+    """A call by a backend, its inputs, and how many elements must be moved forward and backward."""
+
+    name: str
+    call: Callable[..., Any]  # (*inputs, backend)
+    inputs: list[Tensor]
+    forward: int
+    backward: int
+
+
+def _rows(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    tokens, widths, features = (64, (48,), (40,)) if args.small else (16384, (1024, 4096, 8192), (4096, 14336))
+    bandwidth = _copy_bandwidth(device, args)
+    for operator in _operators(tokens, widths, features, device, dtype):
+        leaves = [x.requires_grad_() for x in operator.inputs]
+        compiled = torch.compile(operator.call, dynamic=False) if device.type == "cuda" else None
+        runs: dict[str, Callable[[], Any]] = {"torch": lambda: operator.call(*leaves, backend="torch")}  # noqa: B023
+        if compiled is not None:
+            runs["compile"] = lambda: compiled(*leaves, backend="torch")  # noqa: B023
+        if not unsupported(leaves[0]):
+            runs["triton"] = lambda: operator.call(*leaves, backend="triton")  # noqa: B023
+        with torch.no_grad():
+            made = runs["torch"]()
+        grad = torch.randn_like(made) if isinstance(made, Tensor) else [torch.randn_like(y) for y in made]
+        for name, (forward, both) in _in_turn(runs, leaves, grad, device, args.rounds).items():
+            backward = max(both - forward, 1e-9)
+            row = {
+                "operator": operator.name,
+                "backend": name,
+                "forward_ms": 1e3 * forward,
+                "backward_ms": 1e3 * backward,
+            }
+            row["forward_share"] = operator.forward * dtype.itemsize / forward / bandwidth
+            row["backward_share"] = operator.backward * dtype.itemsize / backward / bandwidth
+            print(
+                f"{operator.name:28} {name:8} forward {row['forward_ms']:8.3f} ms {row['forward_share']:5.2f} of a copy  "
+                f"backward {row['backward_ms']:8.3f} ms {row['backward_share']:5.2f}",
+                flush=True,
+            )
+            yield row
+
+
+def _operators(
+    tokens: int, widths: Sequence[int], features: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> Iterator[Operator]:
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    keys = sample_keys(1, torch.arange(4)).to(device)
+    for width in widths:
+        x, size = (4, tokens // 4, width), tokens * width
+
+        def plain(x: Tensor, weight: Tensor, *, backend: Any) -> Tensor:
+            return norm(x, weight, None, 1e-5, layer=False, backend=backend)
+
+        def added(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, backend: Any) -> Any:
+            return add_norm(
+                x, residual, weight, bias, 1e-5, layer=True, dropout=0.1, keys=keys, site=1, backend=backend
+            )
+
+        yield Operator(f"rms {width}", plain, [made(*x), made(width)], 2 * size, 3 * size)
+        inputs = [made(*x), made(*x), made(width), made(width)]
+        yield Operator(f"sum, dropout, layer {width}", added, inputs, 4 * size, 5 * size)
+    length, heads, groups, head = tokens // 4, 32, 8, 128
+    angles = [x.to(device) for x in rotary_angles(torch.arange(length), head)]
+
+    def turned(q: Tensor, k: Tensor, *, backend: Any) -> Any:
+        return rotary_pair(q, k, *angles, None, backend)
+
+    size = 2 * tokens * (heads + groups) * head
+    yield Operator("rotary", turned, [made(4, length, heads, head), made(4, length, groups, head)], size, size)
+    for width in features:
+        for name, gated in (("gelu-tanh", 1), ("swiglu", 2)):
+
+            def active(x: Tensor, bias: Tensor, *, backend: Any, name: str = name) -> Tensor:
+                return activate(name, x, bias, backend)
+
+            size = tokens * width
+            inputs = [made(tokens, gated * width), made(gated * width)]
+            yield Operator(f"{name} {width}", active, inputs, (gated + 1) * size, (2 * gated + 1) * size)
+
+
+def _copy_bandwidth(device: torch.device, args: argparse.Namespace) -> float:
+    """Bytes a second of a copy, those read and those written."""
+    source = torch.empty(2**20 if args.small else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(args.rounds + 3)]
+    return 2 * source.numel() / statistics.median(times[3:])
+
+
 # -- times -----------------------------------------------------------------------------------------------------------
 
 
 def _in_turn(
-    runs: dict[str, Callable[[], Tensor]], leaves: list[Tensor], grad: Tensor | None, device: torch.device, rounds: int
+    runs: dict[str, Callable[[], Any]], leaves: list[Tensor], grad: Any, device: torch.device, rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of the forward pass, and of forward and backward together."""
 
-    def both(run: Callable[[], Tensor]) -> None:
+    def both(run: Callable[[], Any]) -> None:
         torch.autograd.grad(run(), leaves, grad)
 
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}

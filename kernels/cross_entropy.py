@@ -28,8 +28,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.available import Wish, choose
-from kernels.cross_entropy_triton import unsupported
+from kernels import cross_entropy_triton
+from kernels.available import Wish, choose, unsupported
 
 CHUNK_BYTES = 64 << 20  # of float32 logits
 TRITON_CHUNK_BYTES = 256 << 20  # of logits in their own type, all that this backend needs of them
@@ -204,9 +204,9 @@ def _triton_chunk(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, rules: Rules, sloped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The logits' memory becomes the slope's."""
-    real, operators = _real(weight, rules), torch.ops.kernels
+    real = _real(weight, rules)
     logits, counts = F.linear(x, weight, bias), mask.float()
-    found = operators.softmax_statistics(logits, targets, rules.first_class, real, rules.smoothing > 0)
+    found = cross_entropy_triton.statistics(logits, targets, rules.first_class, real, rules.smoothing > 0)
     if rules.group is not None:
         highest = _reduced(found[0].clone(), rules.group, torch.distributed.ReduceOp.MAX)
         sums = torch.stack((found[1] * torch.exp(found[0] - highest), found[2], found[3]))
@@ -218,7 +218,7 @@ def _triton_chunk(
     loss = (losses * counts).sum()
     if not sloped:
         return loss, None
-    operators.cross_entropy_slope(
+    cross_entropy_triton.write_slope(
         logits, found, targets, counts, rules.first_class, real, rules.vocab_size, rules.smoothing, rules.z_loss
     )
     return loss, logits

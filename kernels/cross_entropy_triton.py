@@ -14,22 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.available import no_triton
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 4096  # classes at once: with 8 warps 16 a thread, two accesses of 128 bits in bfloat16
 LANES = 16  # classes a thread
-
-
-def unsupported(x: Tensor) -> str:
-    """Why the kernels cannot run on logits of x's type and device: one phrase, "" if they can."""
-    if x.dtype not in DTYPES:
-        return f"they take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    if reason := no_triton(x.device):
-        return reason
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        return "Triton's interpreter is wrong about bfloat16"
-    return ""
 
 
 @torch.library.custom_op("kernels::softmax_statistics", mutates_args=())

@@ -6,6 +6,9 @@ stretches a model to longer sequences than it was trained on:
     linear  every frequency / factor                                    (Chen et al. 2023, "Position interpolation")
     ntk     base * factor^(D / (D - 2)): the slowest / factor, the fastest kept    (NTK-aware, "bloc97" 2023)
     llama3  slow ones / factor, fast ones kept, a ramp between them      (Llama 3.1)
+
+Backends of `rotary_pair`: `torch`, which is the CPU's path, the reference, and left to torch.compile to fuse; `triton`
+(`kernels.rotary_triton`), which turns queries and keys in one launch.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from kernels import rotary_triton
+from kernels.available import Backend, must_run
 
 SCALINGS = ("linear", "ntk", "llama3")
 
@@ -63,8 +69,33 @@ def _llama3(values: Tensor, factor: float, scaling: Mapping[str, object]) -> Ten
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, S, N, D) turned by cos, sin (S, D/2); computed in float32, given back in x's type."""
+    """x (B, S, N, D) turned by cos, sin (S, D/2) or (B, S, D/2); computed in float32, given back in x's type."""
     wide = x if x.dtype == torch.float64 else x.float()
     first, second = wide.chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]  # over the heads
+    cos, sin = cos[..., None, :], sin[..., None, :]  # over the heads
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_pair(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, backend: Backend = "torch"
+) -> tuple[Tensor, Tensor]:
+    """q (B, S, N, D) and k (B, S, G, D) turned. cos and sin (P, D/2) float32, P = S; or, with positions (B, S) int, each
+    token by the row that it names, which must be one of the P (Triton does not look).
+
+    Raises ValueError for shapes that do not fit, and for `triton` where it cannot run.
+    """
+    batch, length, _, size = q.shape
+    if 2 * cos.shape[-1] != size or cos.shape != sin.shape:
+        raise ValueError(f"heads of {size} need cos and sin of {size // 2}, found {cos.shape[-1]} and {sin.shape[-1]}")
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != size:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in more than their heads")
+    if positions is None and len(cos) != length:
+        raise ValueError(f"{length} places need as many rows of angles, found {len(cos)}: pass positions")
+    if positions is not None and positions.shape != (batch, length):
+        raise ValueError(f"positions of ({batch}, {length}) are needed, found {tuple(positions.shape)}")
+    if backend == "triton":
+        must_run(q)
+        return rotary_triton.turn(q, k, cos, sin, positions, False)  # type: ignore[no-any-return]
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    return rotary(q, cos, sin), rotary(k, cos, sin)

@@ -13,17 +13,20 @@ At tensor = 1 every layer is plain `F.linear`, so torch.compile sees through.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.available import Wish
+from kernels.activation import activate
+from kernels.available import Backend as Kernel
+from kernels.available import Chosen, Wish
 from kernels.backends import Backend, Backends, Call, attend
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.embedding import embedding
-from kernels.norm import layer_norm, rms_norm
+from kernels.norm import add_norm, norm
+from kernels.rotary import rotary_pair
 from parallel.logical import Initial, Piece, describe
 
 VOCABULARY_MULTIPLE = 128  # of the padded vocabulary, whatever tp is, so that every layout multiplies the same matrix
@@ -60,9 +63,10 @@ class Parts:
         axis: TensorAxis = TensorAxis(),
         context: ContextAxis = ContextAxis(),
         backends: Backends | None = None,
-        loss: Wish = "auto",  # whose kernels compute it
+        kernels: Chosen | None = None,
     ) -> None:
-        self.axis, self.context, self.loss = axis, context, loss
+        self.axis, self.context = axis, context
+        self.kernels = Chosen() if kernels is None else kernels
         self.backends = Backends() if backends is None else backends
 
     # -- layers ------------------------------------------------------------------------------------------------
@@ -84,11 +88,15 @@ class Parts:
         return VocabEmbedding(self.axis, vocab_size, hidden_size, std)
 
     def head(self, hidden_size: int, vocab_size: int, std: float, bias: bool = False) -> VocabHead:
-        return VocabHead(self.axis, hidden_size, vocab_size, std, self.loss, bias)
+        return VocabHead(self.axis, hidden_size, vocab_size, std, self.kernels.loss, bias)
 
     def norm(self, kind: str, hidden_size: int, epsilon: float, bias: bool) -> Norm:
         """kind: "layer" or "rms"."""
-        return Norm(self.axis, kind, hidden_size, epsilon, bias)
+        return Norm(self.axis, kind, hidden_size, epsilon, bias, self.kernels.norm)
+
+    def activation(self, name: str) -> Activation:
+        """What a column layer takes to apply it to its product."""
+        return Activation(name, self.kernels.activation)
 
     def table(self, rows: int, hidden_size: int, std: float) -> nn.Parameter:
         """A replicated table (learned positions) that is applied to this rank's slice of the sequence."""
@@ -99,7 +107,7 @@ class Parts:
     @property
     def picked(self) -> Parts:
         """Parts for what `pick` gives: activations that no tensor rank has a slice of."""
-        return Parts(replace(self.axis, sequence=False), self.context, self.backends, self.loss)
+        return Parts(replace(self.axis, sequence=False), self.context, self.backends, self.kernels)
 
     # -- places ------------------------------------------------------------------------------------------------
 
@@ -169,6 +177,10 @@ class Parts:
         ranks = self.context.size  # each has the whole sequence of some of the heads, and at least one key head
         return self.backends.choose(call._replace(heads=call.heads // ranks, groups=max(1, call.groups // ranks)))
 
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`kernels.rotary.rotary_pair`."""
+        return rotary_pair(q, k, cos, sin, places, self.kernels.rotary)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "torch", **options: Any) -> Tensor:
         """`kernels.attention.attention` over this rank's heads. Where the sequence is shared, each context rank first
         trades its slice of all these heads for the whole sequence of some of them."""
@@ -193,6 +205,16 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class Activation(NamedTuple):
+    """One of `kernels.activation.ACTIVATIONS`, and who computes it."""
+
+    name: str
+    backend: Kernel
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return activate(self.name, x, bias, self.backend)
+
+
 class ColumnLinear(nn.Module):
     """x (B, s, in) -> (B, S, sum(outputs) / tensor). Gathers the sequence first where it is cut."""
 
@@ -214,8 +236,13 @@ class ColumnLinear(nn.Module):
         _cut(self.weight, axis, 0)
         _cut(self.bias, axis, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter(x, self.axis), self.weight, self.bias)
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        """With an activation of the result: Triton's adds the bias."""
+        x = enter(x, self.axis)
+        if activation is not None and activation.backend == "triton":
+            return activation(F.linear(x, self.weight), self.bias)
+        y = F.linear(x, self.weight, self.bias)
+        return y if activation is None else activation(y)
 
 
 class RowLinear(nn.Module):
@@ -337,19 +364,33 @@ class VocabHead(nn.Module):
 class Norm(nn.Module):
     """Layer or root-mean-square norm over H; replicated, its gradient summed over the tensor ranks where the sequence is cut."""
 
-    def __init__(self, axis: TensorAxis, kind: str, hidden_size: int, epsilon: float, bias: bool) -> None:
+    def __init__(
+        self, axis: TensorAxis, kind: str, hidden_size: int, epsilon: float, bias: bool, backend: Kernel = "torch"
+    ) -> None:
         super().__init__()
-        self.kind, self.epsilon = kind, epsilon
+        self.kind, self.epsilon, self.backend = kind, epsilon, backend
         weight = describe(nn.Parameter(torch.empty(hidden_size)), Initial("ones"), decay=False)
         self.weight = _summed(weight, axis)
         self.bias: nn.Parameter | None = None
         if bias and kind == "layer":
             self.bias = _summed(describe(nn.Parameter(torch.empty(hidden_size)), Initial("zeros"), decay=False), axis)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rms":
-            return rms_norm(x, self.weight, self.epsilon)
-        return layer_norm(x, self.weight, self.bias, self.epsilon)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        dropout: float = 0.0,
+        keys: Tensor | None = None,
+        site: int = 0,
+        first_row: int = 0,
+    ) -> Any:
+        """The norm of x; with a residual, the norm of its sum with x after dropout, and that sum: both (B, s, H). dropout,
+        its rate, keys, site and first_row: as in `kernels.norm.add_norm`."""
+        weights, layer = (self.weight, self.bias, self.epsilon), self.kind == "layer"
+        if residual is None:
+            return norm(x, *weights, layer=layer, backend=self.backend)
+        places = {"dropout": dropout, "keys": keys, "site": site, "first_row": first_row}
+        return add_norm(x, residual, *weights, layer=layer, backend=self.backend, **places)  # type: ignore[arg-type]
 
 
 # -- at the edges of the tensor-parallel region: megatron-core's collectives, along our sequence dimension -----------

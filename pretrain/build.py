@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels import cross_entropy_triton, selftest
-from kernels.available import choose, no_triton
+from kernels import norm_triton, selftest
+from kernels.available import Backend, Chosen, choose, no_triton, unsupported
 from kernels.backends import Backends, Refused
 from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
@@ -28,6 +28,8 @@ from pretrain.models.make import make_model
 from pretrain.sizes import Sizes
 
 Values = Callable[[str, nn.Parameter], torch.Tensor]
+# What `auto` gives Triton on a GPU. The others' kernels only once they are measured to be faster than torch.compile's.
+PREFERRED = ("loss", "optimizer")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,7 +56,7 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
     apart = objective.is_task or not objective.attention_across_documents  # padding is kept apart as documents are
     backends = Backends(config.kernels.attention, grid.device, dtype, documents=apart)
     stages = build_stages(config, grid, shape, dtype, compiled, backends)
-    kernels, passed_over = choose_kernels(config, grid, backends)
+    kernels, passed_over = try_kernels(choose_kernels(config, grid), backends)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
     schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
     set_weights(engine, values or (lambda path, parameter: initial_values(path, parameter, config.run.seed)))
@@ -64,8 +66,9 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
 def build_stages(
     config: Config, grid: Grid, shape: Sizes, dtype: torch.dtype, compiled: bool, backends: Backends
 ) -> list[Stage]:
-    """Raises UserError if the wished backend cannot compute the model's attention."""
-    parts = Parts(grid.tensor, grid.context, backends, config.kernels.loss)
+    """Raises UserError if a wished backend cannot compute what it is wished for."""
+    chosen = {name: who for name, (who, _) in choose_kernels(config, grid).items() if name in Chosen._fields}
+    parts = Parts(grid.tensor, grid.context, backends, Chosen(**chosen))
     layout = grid.layout
     stages = []
     for cut in cuts(stage_layers(config, shape.vocab_size), layout.pipeline, grid.stage):
@@ -97,20 +100,37 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
 
 
-def choose_kernels(config: Config, grid: Grid, backends: Backends) -> tuple[str, list[str]]:
-    """Whose kernels compute what, once attention's have passed their self-test here; and whose would be preferred.
+def choose_kernels(config: Config, grid: Grid) -> dict[str, tuple[Backend, str]]:
+    """Who computes what besides attention, and why not Triton where `auto` would prefer it; rotary only where there is any.
 
-    Raises UserError where a wish cannot be met or the self-test fails."""
-    told, passed_over = [f"attention {backends.told()}"], [f"attention, {who}" for who in backends.passed_over()]
+    Raises UserError where a wish cannot be met."""
     sample = torch.empty(0, device=grid.device, dtype=DTYPES[config.precision.compute])
-    reasons = {"loss": lambda: cross_entropy_triton.unsupported(sample), "optimizer": lambda: no_triton(grid.device)}
-    for name, why_not in reasons.items():
+    why_not: dict[str, Callable[[], str]] = {
+        "loss": lambda: unsupported(sample),
+        "norm": lambda: unsupported(sample) or norm_triton.unsupported_width(config.model.hidden_size, sample.dtype),
+        "rotary": lambda: unsupported(sample),
+        "activation": lambda: unsupported(sample),
+        "optimizer": lambda: no_triton(grid.device),
+    }
+    chosen = {}
+    for name, reason in why_not.items():
+        if name == "rotary" and config.model.positions != "rope":
+            continue
+        preferred: Backend = "triton" if name in PREFERRED else "torch"
         try:
-            who, reason = choose(getattr(config.kernels, name), grid.device, why_not)
+            chosen[name] = choose(getattr(config.kernels, name), grid.device, reason, preferred)
         except ValueError as error:
             raise UserError(f"kernels.{name}: {error}") from None
-        told.append(f"{name} {who}")
-        passed_over += [f"{name}, triton: {reason}"] if reason else []
+    return chosen
+
+
+def try_kernels(kernels: dict[str, tuple[Backend, str]], backends: Backends) -> tuple[str, list[str]]:
+    """Whose kernels compute what, once attention's have passed their self-test here; and whose would be preferred.
+
+    Raises UserError where the self-test fails."""
+    told, passed_over = [f"attention {backends.told()}"], [f"attention, {who}" for who in backends.passed_over()]
+    told += [f"{name} {who}" for name, (who, _) in kernels.items()]
+    passed_over += [f"{name}, triton: {reason}" for name, (_, reason) in kernels.items() if reason]
     try:
         for call, (backend, _) in backends.chosen.items():
             selftest.check(backend, call, backends.device, backends.dtype)

@@ -37,6 +37,14 @@ def site_key(keys, batch, head, site):
 
 
 @triton.jit
+def activation_rows(keys, batches, places, site, mask):
+    """uint32 keys of rows of an activation: the first two lines of `keep_mask`. keys: pointer to (B,) int32; batches and
+    places of the rows, int32; site: as in `site_key`."""
+    samples = tl.load(keys + batches, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    return row_keys(mix(samples ^ tl.cast(site, tl.int32).to(tl.uint32, bitcast=True)), places)
+
+
+@triton.jit
 def row_keys(key, places):
     """uint32 keys of the rows at `places` (int32)."""
     return mix(key ^ places.to(tl.uint32, bitcast=True))

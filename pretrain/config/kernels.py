@@ -17,4 +17,11 @@ class KernelsConfig(Section):
     loss: Literal["auto", "triton", "torch"] = meaning(
         "auto", "of the output layer's cross-entropy: triton, torch or auto"
     )
+    norm: Literal["auto", "triton", "torch"] = meaning(
+        "auto", "of the norms, with the residual sum and its dropout before them: triton, torch or auto (torch)"
+    )
+    rotary: Literal["auto", "triton", "torch"] = meaning("auto", "of rotary positions: triton, torch or auto (torch)")
+    activation: Literal["auto", "triton", "torch"] = meaning(
+        "auto", "of the feed-forward layers' activation with the bias before it: triton, torch or auto (torch)"
+    )
     optimizer: Literal["auto", "triton", "torch"] = meaning("auto", "of AdamW's step: triton, torch or auto")

@@ -82,6 +82,9 @@ class Config(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from self._kind_problems()
+        if self.kernels.rotary == "triton" and self.model.positions != "rope":
+            message = f"has no effect with model.positions: {self.model.positions}"
+            yield Problem("kernels.rotary", message, "remove it, or set model.positions: rope")
         monitor, limit = self.monitor, self.model.max_positions
         if limit is not None and limit < self.data.seq_length:
             message = f"{self.data.seq_length} is longer than model.max_positions {limit}"

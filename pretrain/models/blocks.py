@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.activation import GATED, activation
+from kernels.activation import GATED
 from kernels.attention import alibi_slopes
 from kernels.backends import Backend, Call
 from kernels.noise import dropout
-from kernels.rotary import rotary
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
 
@@ -32,8 +31,9 @@ class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
     sample_keys: Tensor | None = None  # (B,) int32: keys the dropout masks
-    cos: Tensor | None = None  # (S, D/2) float32 rotary angles of the positions
+    cos: Tensor | None = None  # (S, D/2) float32 rotary angles of the positions, or with `places` of all that there are
     sin: Tensor | None = None
+    places: Tensor | None = None  # (B, S) int64: where each position stands in its document; None: in the sequence
     slopes: Tensor | None = None  # (n,) float32 ALiBi slopes of this rank's heads
     documents: Tensor | None = None  # (B, S of all context ranks) int32: who sees whom; None: all
     first: int = 0  # place of the first position: that many stand in the caches
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         sizes = [self.heads * self.size, self.groups * self.size, self.groups * self.size]
         q, k, v = (part.view(batch, length, -1, self.size) for part in y.split(sizes, dim=-1))  # (B, S, n or g, D)
         if context.cos is not None and context.sin is not None:
-            q, k = rotary(q, context.cos, context.sin), rotary(k, context.cos, context.sin)
+            q, k = self.parts.rotary(q, k, context.cos, context.sin, context.places)
         if cache is not None:
             k, v = cache.extend(context.first, k, v)
         if self.recompute and torch.is_grad_enabled():
@@ -129,12 +129,12 @@ class FeedForward(nn.Module):
         super().__init__()
         size = config.feed_forward_size
         outputs = {"gate": size, "up": size} if config.activation in GATED else {"up": size}
-        self.activation = activation(config.activation)
+        self.activation = parts.activation(config.activation)
         self.up = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale)
         self.down = parts.row(size, config.hidden_size, config.biases, residual_scale(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.up(x, self.activation))
 
 
 class Block(nn.Module):
@@ -152,10 +152,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         if self.pre:
-            x = x + self._drop(self.attention(self.norm_1(x), context, cache), context, ATTENTION_RESIDUAL_SITE)
-            return x + self._drop(self.feed_forward(self.norm_2(x)), context, FEED_FORWARD_RESIDUAL_SITE)
-        x = self.norm_1(x + self._drop(self.attention(x, context, cache), context, ATTENTION_RESIDUAL_SITE))
-        return self.norm_2(x + self._drop(self.feed_forward(x), context, FEED_FORWARD_RESIDUAL_SITE))
+            attended = self.attention(self.norm_1(x), context, cache)
+            y, x = self._add(self.norm_2, attended, x, context, ATTENTION_RESIDUAL_SITE)
+            return x + self._drop(self.feed_forward(y), context, FEED_FORWARD_RESIDUAL_SITE)
+        x, _ = self._add(self.norm_1, self.attention(x, context, cache), x, context, ATTENTION_RESIDUAL_SITE)
+        return self._add(self.norm_2, self.feed_forward(x), x, context, FEED_FORWARD_RESIDUAL_SITE)[0]
+
+    def _add(self, norm: nn.Module, x: Tensor, residual: Tensor, context: Context, site: int) -> tuple[Tensor, Tensor]:
+        """The norm of residual + dropout(x), and that sum: one pass where Triton computes norms."""
+        rate, number = self.dropout if self.training else 0.0, SITES * self.layer + site
+        first_row = self.parts.first_row(x.shape[1])
+        return norm(x, residual, rate, context.sample_keys, number, first_row)  # type: ignore[no-any-return]
 
     def _drop(self, x: Tensor, context: Context, site: int) -> Tensor:
         return drop(

@@ -163,12 +163,14 @@ class Stack(nn.Module):
 
     def _context(self, length: int, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Context:
         """Of the positions first : first + length."""
-        cos, sin, slopes = None, None, None
+        cos, sin, places, slopes = None, None, None, None
         if self.config.positions == "rope":
-            cos, sin = self.angles.values[:, first : self._check_length(first, length)]
+            last = self._check_length(first, length)
+            places = None if documents is None else self._places(documents)
+            cos, sin = self.angles.values[:, first:last] if places is None else self.angles.values
         if self.config.positions == "alibi":
             slopes = self.slopes.values
-        return Context(sample_keys, cos, sin, slopes, documents)
+        return Context(sample_keys, cos, sin, places, slopes, documents)
 
     def _check_length(self, first: int, length: int) -> int:
         """The place after the last position; ValueError if the tables of positions do not reach it."""

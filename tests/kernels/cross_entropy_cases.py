@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.triton
-from kernels import cross_entropy, cross_entropy_triton
+from kernels import available, cross_entropy, cross_entropy_triton
 from tests.distributed import REPOSITORY, die_with_parent
 
 BOUNDS = {"float32": 1e-5, "float16": 2e-3}  # relative Frobenius; gradients twice that
@@ -261,7 +261,7 @@ def launches(setting: Setting) -> list[str]:
 
 
 def refusal(dtype: str) -> str:
-    return cross_entropy_triton.unsupported(torch.zeros(1, dtype=getattr(torch, dtype)))
+    return available.unsupported(torch.zeros(1, dtype=getattr(torch, dtype)))
 
 
 # -- planted faults --------------------------------------------------------------------------------------------------

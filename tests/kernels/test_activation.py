@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.activation import ACTIVATIONS, GATED, activation
+from kernels.activation import ACTIVATIONS, GATED, activate, activation
 
 
 def normal_gelu(x: Tensor) -> Tensor:
@@ -37,6 +37,14 @@ def test_activation_is_its_formula(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     ours, wanted = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (found, expected))
     torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_bias_is_added_before(name: str) -> None:
+    x = torch.linspace(-3, 3.1, 4 * 12, dtype=torch.float64).view(4, 12).requires_grad_()
+    bias = torch.linspace(-1, 1, 12, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(activate(name, x, bias), FORMULAS[name](x + bias), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, bias: activate(name, x, bias), (x, bias))
 
 
 def test_an_unknown_name_is_told_with_those_there_are() -> None:

@@ -8,17 +8,15 @@ than `compiled.json` has for this version of Triton: after a deliberate change, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 
-from tests.distributed import REPOSITORY
 from tests.kernels import offline
 from tests.kernels.offline import CASES, SHARED_LIMIT, TABLE, TENSOR_CORE, Case
-from tests.kernels.workers import compile_offline
+from tests.kernels.workers import compiled_once
 
 Numbers = dict[str, dict[str, int]]  # by kernel
 FEW = [
@@ -43,17 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def numbers(case: Case, request: pytest.FixtureRequest) -> Numbers:
     """What the kernels of the case compile to."""
-    digest = hashlib.sha256(version("triton").encode())
-    for path in sorted(path for pattern in SOURCES for path in REPOSITORY.glob(pattern)):
-        digest.update(path.read_bytes())
-    cache = request.config.cache
-    assert cache is not None
-    name = f"kernels/{case}".replace(" ", "-")
-    kept = cache.get(name, None)
-    if kept is None or kept[0] != digest.hexdigest():
-        kept = [digest.hexdigest(), compile_offline(offline.compile_case, case)]
-        cache.set(name, kept)
-    return kept[1]
+    return compiled_once(request.config.cache, SOURCES, offline.compile_case, case)
 
 
 def may_spill(case: Case) -> int:

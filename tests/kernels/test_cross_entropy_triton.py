@@ -122,7 +122,7 @@ def test_bfloat16_is_refused_where_it_is_wrong() -> None:
 def test_without_triton_the_reason_is_told() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from kernels.cross_entropy import unsupported\n"
+        "import torch; from kernels.available import unsupported\n"
         "print(unsupported(torch.zeros(1)))"
     )
     assert run_python(["timeit", "-n1", "-r1", code]).stdout.startswith("triton is not installed")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kernels.rotary import SCALINGS, frequencies, rotary, rotary_angles
+from kernels.rotary import SCALINGS, frequencies, rotary, rotary_angles, rotary_pair
 
 
 def complex_rotation(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -39,7 +39,7 @@ def test_pairs_of_features_turn_as_complex_numbers(base: float, size: int) -> No
 
 @pytest.mark.parametrize("scaling", [None, *SCALINGS])
 def test_products_of_queries_and_keys_depend_on_their_distance_alone(scaling: str | None) -> None:
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     options = None if scaling is None else {"kind": scaling, "factor": 4.0}
 
     def product(query_at: int, key_at: int) -> float:
@@ -56,6 +56,35 @@ def test_turning_keeps_lengths_and_position_zero_stays() -> None:
     out = rotary(x, *rotary_angles(torch.arange(40), 16))
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(out[:, 0], x[:, 0])
+
+
+def test_a_pair_is_turned_by_the_rows_that_its_positions_name() -> None:
+    q, k = (torch.randn(2, 6, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (3, 1))
+    angles, positions = rotary_angles(torch.arange(6), 8), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 0]])
+    found = rotary_pair(q, k, *angles, positions)
+    for x, out in zip((q, k), found, strict=True):
+        for row in range(2):
+            wanted = complex_rotation(x[row : row + 1], positions[row], 10000.0)
+            torch.testing.assert_close(out[row : row + 1], wanted, rtol=0, atol=1e-5)
+    for x, out in zip((q, k), rotary_pair(q, k, *angles), strict=True):
+        assert torch.equal(out, rotary(x, *angles))
+    assert torch.autograd.gradcheck(lambda q, k: rotary_pair(q, k, *angles, positions), (q, k))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((2, 6, 3, 8), (2, 6, 1, 8), 6, 6, None), "heads of 8 need cos and sin of 4, found 3 and 3"),
+        (((2, 6, 3, 8), (2, 5, 1, 8), 6, 8, None), "differ in more than their heads"),
+        (((2, 6, 3, 8), (2, 6, 1, 8), 9, 8, None), "6 places need as many rows of angles, found 9: pass positions"),
+        (((2, 6, 3, 8), (2, 6, 1, 8), 9, 8, (6,)), r"positions of \(2, 6\) are needed, found \(6,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_told(shapes: tuple[Any, ...], words: str) -> None:
+    of_q, of_k, rows, size, of_positions = shapes
+    positions = None if of_positions is None else torch.zeros(of_positions, dtype=torch.int64)
+    with pytest.raises(ValueError, match=words):
+        rotary_pair(torch.zeros(of_q), torch.zeros(of_k), *rotary_angles(torch.arange(rows), size), positions)
 
 
 def test_bfloat16_is_turned_in_float32() -> None:

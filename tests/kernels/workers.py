@@ -5,18 +5,21 @@ and dies with the tests.
 
     interpret(errors, setting)      # a function at the top of a module; what it takes and returns is pickled
     compile_offline(compile_case, case)
+    compiled_once(request.config.cache, sources, compile_case, case)    # unless the sources are as they were
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from typing import Any, TypeVar
 from unittest import mock
 
-from tests.distributed import die_with_parent
+from tests.distributed import REPOSITORY, die_with_parent
 
 T = TypeVar("T")
 _pools: dict[bool, ProcessPoolExecutor] = {}
@@ -30,6 +33,20 @@ def interpret(function: Callable[..., T], *args: Any, timeout: float = 120) -> T
 def compile_offline(function: Callable[..., T], *args: Any, timeout: float = 300) -> T:
     """`function(*args)` where kernels are compiled."""
     return _run(False, function, args, timeout)
+
+
+def compiled_once(cache: Any, sources: Sequence[str], function: Callable[..., T], case: Any) -> T:
+    """`compile_offline(function, case)`, kept in pytest's cache under a hash of the sources (patterns of paths) that it
+    depends on, so that only a change compiles again."""
+    digest = hashlib.sha256(version("triton").encode())
+    for path in sorted(path for pattern in sources for path in REPOSITORY.glob(pattern)):
+        digest.update(path.read_bytes())
+    name = f"kernels/{case}".replace(" ", "-")
+    kept = cache.get(name, None)
+    if kept is None or kept[0] != digest.hexdigest():
+        kept = [digest.hexdigest(), compile_offline(function, case)]
+        cache.set(name, kept)
+    return kept[1]  # type: ignore[no-any-return]
 
 
 def _run(interpreted: bool, function: Callable[..., T], args: tuple[Any, ...], timeout: float) -> T:

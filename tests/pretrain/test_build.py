@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.backends import Backends
 from parallel.layout import Layout
 from pretrain import build
 from pretrain.build import choose_compile, choose_precision
+from pretrain.config.load import checked_config
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 
@@ -132,3 +134,44 @@ def test_all_ranks_take_what_the_first_one_chose(monkeypatch: pytest.MonkeyPatch
     """Hosts may differ: one with bfloat16 units and one without must not train in two precisions."""
     monkeypatch.setattr(build, "computes_in_bf16", lambda device: True)
     assert choose_precision(config(compute="auto"), grid(told="fp32")).precision.compute == "fp32"
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_norms_rotary_and_activations_are_torchs_unless_asked_for() -> None:
+    """Also on a GPU, where loss and optimizer are Triton's if they can be."""
+    for device in ("cpu", "meta"):
+        chosen = build.choose_kernels(
+            Config(model={"positions": "rope"}, precision={"compute": "fp32"}), grid(device=device)
+        )
+        assert {name: who for name, (who, _) in chosen.items()} == dict.fromkeys(
+            ("loss", "norm", "rotary", "activation", "optimizer"), "torch"
+        )
+    assert [name for name, (_, reason) in chosen.items() if reason] == ["loss", "optimizer"]
+
+
+def test_who_turns_positions_is_not_told_where_none_are_turned() -> None:
+    chosen = build.choose_kernels(Config(precision={"compute": "fp32"}), grid())
+    assert "rotary" not in chosen and build.try_kernels(chosen, Backends())[0].endswith(
+        "activation torch, optimizer torch"
+    )
+
+
+@pytest.mark.parametrize("part", ["norm", "rotary", "activation"])
+def test_triton_is_refused_where_it_cannot_run(part: str) -> None:
+    wish = Config(model={"positions": "rope"}, precision={"compute": "fp32"}, kernels={part: "triton"})
+    with pytest.raises(UserError, match=rf"kernels.{part}: triton cannot run on cpu: .*TRITON_INTERPRET.*torch can"):
+        build.choose_kernels(wish, grid())
+
+
+def test_rows_that_are_too_wide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "unsupported", lambda _: "")
+    wish = Config(model={"hidden_size": 6144}, precision={"compute": "fp32"}, kernels={"norm": "triton"})
+    with pytest.raises(UserError, match=r"kernels.norm: .* rows of at most 4,096 features are supported, found 6,144"):
+        build.choose_kernels(wish, grid())
+
+
+def test_a_wish_for_rotary_without_any_is_told() -> None:
+    with pytest.raises(UserError, match=r"kernels.rotary: has no effect with model.positions: learned"):
+        checked_config({"kernels": {"rotary": "triton"}}, "test")

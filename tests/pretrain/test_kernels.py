@@ -17,7 +17,8 @@ STEPS = 50
 CONFIG = """
 version: 1
 model: {kind: gpt, num_layers: 1, hidden_size: 16, num_heads: 2, num_kv_heads: 1, ffn_hidden_size: 32, positions: rope,
-        norm: rms, activation: swiglu, initial_scale: 0.1, attention_dropout: ATTENTION_DROPOUT}
+        norm: rms, activation: swiglu, initial_scale: 0.1, attention_dropout: ATTENTION_DROPOUT,
+        residual_dropout: ATTENTION_DROPOUT}
 data: {train: SHARDS/train, seq_length: 16}
 objective: {kind: causal, attention_across_documents: DOCUMENTS}
 batch: {size: 1, micro_size: 1}
@@ -30,8 +31,15 @@ monitor: {log_every: 1 steps, tensorboard: false}
 ATTENTION = {"forward_kernel", "delta_kernel", "key_kernel", "query_kernel"}
 OPTIMIZER = {"adamw_kernel", "square_kernel"}
 LOSS = {"statistics_kernel", "slope_kernel"}
-TORCH = ("kernels.attention=torch", "kernels.loss=torch", "kernels.optimizer=torch")
-TRITON = ("kernels.attention=triton", "kernels.loss=triton", "kernels.optimizer=triton")
+NORM = {"norm_kernel", "norm_backward_kernel"}
+ACTIVATION = {"activation_kernel", "activation_backward_kernel"}
+ROWS = {*NORM, *ACTIVATION, "rotary_kernel"}
+PARTS = ("attention", "loss", "norm", "rotary", "activation", "optimizer")
+TORCH = tuple(f"kernels.{part}=torch" for part in PARTS)
+TRITON = tuple(f"kernels.{part}=triton" for part in PARTS)
+LONG = tuple(
+    wish.replace("triton", "torch") if part in PARTS[2:5] else wish for part, wish in zip(PARTS, TRITON, strict=True)
+)
 SHORT = ("schedule={total: 3 steps}", "batch.size=2")  # for two ranks
 
 
@@ -87,7 +95,7 @@ def test_fifty_steps_by_triton_are_those_by_torch(tmp_path: Path, tiny_data: Pat
     """With dropout and documents kept apart. Each kernel ran in every step, and not once where torch was asked for."""
     config = write(tmp_path, tiny_data, 0.1, across=False)
     plain = train(config, tmp_path / "torch", *TORCH)
-    ours = train(config, tmp_path / "triton", *TRITON)
+    ours = train(config, tmp_path / "triton", *LONG)  # norms, rotary and activations are in the three steps below
     same(ours.losses, plain.losses, 1e-5)
     same(ours.norms, plain.norms, 1e-5)
     assert plain.losses[-1] < plain.losses[0] - 0.1
@@ -123,4 +131,8 @@ def test_the_kernels_run_inside_zero(tmp_path: Path, three_steps: tuple[Path, li
     config, losses = three_steps
     found = train(config, tmp_path / "run", *SHORT, f"parallel.zero={stage}", *TRITON, world=2)
     assert found.losses == pytest.approx(losses, rel=1e-5)
-    assert [set(launches) for launches in found.launches] == [ATTENTION | LOSS | {"adamw_kernel"}] * 2
+    for launches in found.launches:
+        assert set(launches) == ATTENTION | LOSS | ROWS | {"adamw_kernel"}
+        assert all(launches[name] == 3 for name in ACTIVATION)  # one layer, one sequence of a rank a step
+        assert all(launches[name] == 9 for name in NORM)  # two in the layer, and the last
+        assert launches["rotary_kernel"] == 6  # forward and backward
