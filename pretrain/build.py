@@ -56,7 +56,7 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
     apart = objective.is_task or not objective.attention_across_documents  # padding is kept apart as documents are
     backends = Backends(config.kernels.attention, grid.device, dtype, documents=apart)
     stages = build_stages(config, grid, shape, dtype, compiled, backends)
-    kernels, passed_over = try_kernels(choose_kernels(config, grid), backends)
+    kernels, passed_over = try_kernels(choose_kernels(config, grid, dtype), backends)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
     schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
     set_weights(engine, values or (lambda path, parameter: initial_values(path, parameter, config.run.seed)))
@@ -67,7 +67,7 @@ def build_stages(
     config: Config, grid: Grid, shape: Sizes, dtype: torch.dtype, compiled: bool, backends: Backends
 ) -> list[Stage]:
     """Raises UserError if a wished backend cannot compute what it is wished for."""
-    chosen = {name: who for name, (who, _) in choose_kernels(config, grid).items() if name in Chosen._fields}
+    chosen = {name: who for name, (who, _) in choose_kernels(config, grid, dtype).items() if name in Chosen._fields}
     parts = Parts(grid.tensor, grid.context, backends, Chosen(**chosen))
     layout = grid.layout
     stages = []
@@ -100,11 +100,11 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
 
 
-def choose_kernels(config: Config, grid: Grid) -> dict[str, tuple[Backend, str]]:
+def choose_kernels(config: Config, grid: Grid, dtype: torch.dtype) -> dict[str, tuple[Backend, str]]:
     """Who computes what besides attention, and why not Triton where `auto` would prefer it; rotary only where there is any.
 
     Raises UserError where a wish cannot be met."""
-    sample = torch.empty(0, device=grid.device, dtype=DTYPES[config.precision.compute])
+    sample = torch.empty(0, device=grid.device, dtype=dtype)
     why_not: dict[str, Callable[[], str]] = {
         "loss": lambda: unsupported(sample),
         "norm": lambda: unsupported(sample) or norm_triton.unsupported_width(config.model.hidden_size, sample.dtype),

@@ -142,9 +142,7 @@ def test_all_ranks_take_what_the_first_one_chose(monkeypatch: pytest.MonkeyPatch
 def test_norms_rotary_and_activations_are_torchs_unless_asked_for() -> None:
     """Also on a GPU, where loss and optimizer are Triton's if they can be."""
     for device in ("cpu", "meta"):
-        chosen = build.choose_kernels(
-            Config(model={"positions": "rope"}, precision={"compute": "fp32"}), grid(device=device)
-        )
+        chosen = build.choose_kernels(Config(model={"positions": "rope"}), grid(device=device), torch.float32)
         assert {name: who for name, (who, _) in chosen.items()} == dict.fromkeys(
             ("loss", "norm", "rotary", "activation", "optimizer"), "torch"
         )
@@ -152,7 +150,7 @@ def test_norms_rotary_and_activations_are_torchs_unless_asked_for() -> None:
 
 
 def test_who_turns_positions_is_not_told_where_none_are_turned() -> None:
-    chosen = build.choose_kernels(Config(precision={"compute": "fp32"}), grid())
+    chosen = build.choose_kernels(Config(), grid(), torch.float32)
     assert "rotary" not in chosen and build.try_kernels(chosen, Backends())[0].endswith(
         "activation torch, optimizer torch"
     )
@@ -160,16 +158,16 @@ def test_who_turns_positions_is_not_told_where_none_are_turned() -> None:
 
 @pytest.mark.parametrize("part", ["norm", "rotary", "activation"])
 def test_triton_is_refused_where_it_cannot_run(part: str) -> None:
-    wish = Config(model={"positions": "rope"}, precision={"compute": "fp32"}, kernels={part: "triton"})
+    wish = Config(model={"positions": "rope"}, kernels={part: "triton"})
     with pytest.raises(UserError, match=rf"kernels.{part}: triton cannot run on cpu: .*TRITON_INTERPRET.*torch can"):
-        build.choose_kernels(wish, grid())
+        build.choose_kernels(wish, grid(), torch.float32)
 
 
 def test_rows_that_are_too_wide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "unsupported", lambda _: "")
-    wish = Config(model={"hidden_size": 6144}, precision={"compute": "fp32"}, kernels={"norm": "triton"})
+    wish = Config(model={"hidden_size": 6144}, kernels={"norm": "triton"})
     with pytest.raises(UserError, match=r"kernels.norm: .* rows of at most 4,096 features are supported, found 6,144"):
-        build.choose_kernels(wish, grid())
+        build.choose_kernels(wish, grid(), torch.float32)
 
 
 def test_a_wish_for_rotary_without_any_is_told() -> None:

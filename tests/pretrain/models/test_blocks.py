@@ -89,7 +89,7 @@ def test_recomputation_happens(
 
     count(model.parts, "attention", "attention")
     for _, block in model.layers():
-        count(block.feed_forward, "activation", "feed_forward")
+        count(block.feed_forward, "forward", "feed_forward")
     train_once(model)
     assert runs == {"attention": 2 * attention, "feed_forward": 2 * feed_forward}
     model.logits(make_ids()[:, 1:])
