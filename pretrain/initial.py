@@ -17,12 +17,12 @@ from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.logical import canonical, view
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint, read_box, weight_shapes
+from pretrain.checkpoint import read_box, weight_shapes
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.inherit import is_foreign
 from pretrain.loading import find_checkpoint
-from pretrain.runs import IMPORTED
+from pretrain.runs import IMPORTED, run_config
 
 HEADS = ("task_head.", "pooler.", "transform.", "pair_head.", "head.")
 
@@ -41,8 +41,11 @@ def start_of(config: Config, grid: Grid) -> Start:
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     if checkpoint.list_steps(Path(config.run.dir)):  # which is gone on from
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
-    found = _checkpoint(Path(config.model.initial), Path(config.run.dir), grid)
-    shapes, reset = weight_shapes(found), _first_reset(config)
+    run = _run(Path(config.model.initial), Path(config.run.dir), grid)
+    found, reset = find_checkpoint(run, None), _first_reset(config)
+    # The head of another task is none for this one, whatever its shape.
+    left = () if run_config(run).objective.kind == config.objective.kind else ("task_head.",)
+    shapes = {name: shape for name, shape in weight_shapes(found).items() if not name.startswith(left)}
 
     def values(path: str, parameter: nn.Parameter) -> Tensor:
         made = initial_values(path, parameter, seed)
@@ -70,7 +73,8 @@ def _is_reset(name: str, first: int) -> bool:
     return parts[0] == "blocks" and int(parts[1]) >= first
 
 
-def _checkpoint(initial: Path, run: Path, grid: Grid) -> Checkpoint:
+def _run(initial: Path, run: Path, grid: Grid) -> Path:
+    """The run of ours that it is, or that is made of it."""
     problem: str | None = None
     imported = run / IMPORTED
     if is_foreign(initial) and grid.rank == 0 and not imported.is_dir():
@@ -82,4 +86,4 @@ def _checkpoint(initial: Path, run: Path, grid: Grid) -> Checkpoint:
             problem = str(error)
     if problem := grid.from_first(problem):
         raise UserError(problem)
-    return find_checkpoint(imported if is_foreign(initial) else initial, None)
+    return imported if is_foreign(initial) else initial

@@ -38,6 +38,11 @@ def load_model(run: Path, step: int | None = None) -> Loaded:
     vocabulary = vocabulary_of(config, tokenizer)
     task = task_of(config, tokenizer, vocabulary, run_labels(run)) if config.objective.is_task else None
     shape = Sizes(vocabulary.size) if task is None else Sizes(vocabulary.size, task.num_outputs, task.num_rows)
+    if config.objective.kind == "masked" and "transform.dense.weight" not in checkpoint.weight_shapes(found):
+        raise UserError(
+            f"{run}: holds the body alone of an imported model, without heads that predict; fine-tune it: "
+            f"python -m pretrain train configs/finetune/classification.yaml model.initial={run}"
+        )
     model = make_model(config, Parts(), shape)
     checkpoint.load_weights(found, model)
     model.to(pick_device(), DTYPES[config.precision.compute]).eval()

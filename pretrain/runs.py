@@ -77,7 +77,7 @@ def claim_folder(config: Config, grid: Grid, sources: Sources) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             keep_tokenizer(folder, sources.tokenizer)
             if sources.task is not None:
-                _write_whole(folder / LABELS, keep_labels(sources.task))
+                _write_whole(folder / LABELS, keep_labels(sources.task.labels))
             _write_whole(folder / CONFIG, dump_config(config).encode())
         except OSError as error:
             problem = f"run.dir: {folder} cannot be written: {error}"

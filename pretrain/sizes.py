@@ -21,6 +21,7 @@ def parameters_of(config: Config, shape: Sizes) -> int:
     model, objective, length = config.model, config.objective, config.data.seq_length
     if not objective.is_task:
         return parameter_count(model, shape.vocab_size, length, objective.pairs != "none")
-    pooled = not model.causal and objective.kind not in ("tagging", "question-answering")
-    head = shape.num_outputs * (model.hidden_size + 1)
-    return body_parameters(model, shape.vocab_size, length) + (pooler_parameters(model) if pooled else 0) + head
+    of_sequence = objective.kind not in ("tagging", "question-answering")
+    pooler = pooler_parameters(model) if of_sequence and not model.causal else 0
+    head = shape.num_outputs * (model.hidden_size + int(not (of_sequence and model.causal)))
+    return body_parameters(model, shape.vocab_size, length) + pooler + head

@@ -75,9 +75,9 @@ def class_weights(task: Task, examples: Examples) -> list[float] | None:
     return [total / (count * max(held[label], 1)) for label in range(count)]  # as scikit-learn balances
 
 
-def keep_labels(task: Task) -> bytes:
-    """What a run's folder keeps of the task: its classes in the order of the outputs."""
-    return json.dumps({"labels": list(task.labels.names)}, ensure_ascii=False, indent=1).encode() + b"\n"
+def keep_labels(labels: LabelSet) -> bytes:
+    """What a run's folder keeps of its task: the classes in the order of the outputs."""
+    return json.dumps({"labels": list(labels.names)}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def run_labels(run: Path) -> LabelSet:

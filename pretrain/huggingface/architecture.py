@@ -1,20 +1,21 @@
 """How an architecture of Hugging Face's corresponds to ours: the language that the maps are written in.
 
 A map (`gpt2.py`, `llama.py`, ...) is data: options, each a fact about ours and theirs that is checked and carried both ways,
-and rows, each a tensor of theirs and the logical tensors of ours that it is made of. An option of
-ours that theirs lacks is refused by its name, so is one of theirs that the map says we lack, and so is a tensor without a
-row.
+and rows (`rows.py`), each a tensor of theirs and the logical tensors of ours that it is made of, of the body and of each class's
+heads. An option of ours that theirs lacks is refused by its name, so is one of theirs that the map says we lack, and so is a
+tensor without a row.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pretrain.config.model import ModelConfig
+from pretrain.huggingface.rows import ModelClass, Row, names_of
 
 Settings = dict[str, Any]  # ours: every field of ModelConfig with its effective value, and vocab_size
 Json = dict[str, Any]  # theirs: config.json
@@ -157,62 +158,46 @@ def _listed(values: Iterable[Any]) -> str:
     return " or ".join(map(repr, values))
 
 
-# -- tensors -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tensor of theirs, and those of ours that it holds one after the other.
-
-    In names {layer} stands for each layer's number and {kind} for weight and bias. A row whose tensors the model lacks
-    (biases of a model without) does not apply. form: "plain"; "turned", stored as (in, out); "by head", the rows of ours
-    (each (N D, ...)) one head after the other, (N, 3, D, ...).
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    form: Literal["plain", "turned", "by head"] = "plain"
-
-    def expanded(self, num_layers: int) -> Iterator[Row]:
-        """The row of each layer and kind."""
-        layers = range(num_layers) if "{layer}" in self.theirs else (0,)
-        kinds = ("weight", "bias") if "{kind}" in self.theirs else ("",)
-        for layer in layers:
-            for kind in kinds:
-                names = {"layer": layer, "kind": kind}
-                yield Row(self.theirs.format(**names), tuple(name.format(**names) for name in self.ours), self.form)
+# -- architectures -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A `model_type`.
+    """A `model_type`: its options, the rows of its body, and its classes, those with fewer heads first.
 
-    class_name: written to config.json; classes: in its place, by heads: the first whose tensor of ours the model has.
-    base_names: further classes, whose tensors may lack `prefix`, read as well. optional: beginnings of ours that a folder
-    may lack, all heads. ignored, renamed: patterns of tensors in older files that hold no weights, or have another name.
-    unsaid: options of ours that do not change what the model computes, and that theirs has no place for: left out, with a
-    word.
+    prefix: of the body's tensors, which may lack it in a folder of the body alone. ignored, renamed: patterns of tensors in
+    older files that hold no weights, or have another name. unsaid: options of ours that do not change what the model
+    computes, and that theirs has no place for: left out, with a word.
     """
 
     model_type: str
-    class_name: str
-    base_names: tuple[str, ...]
     prefix: str
     options: tuple[Option, ...]
     rows: tuple[Row, ...]
+    classes: tuple[ModelClass, ...]
     ignored: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    classes: tuple[tuple[str, str], ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
-    def class_of(self, names: Collection[str]) -> str:
-        """Of a model of these tensors of ours."""
-        return next((found for tensor, found in self.classes if tensor in names), self.class_name)
+    @property
+    def heads(self) -> set[str]:
+        """Our tensors that stand on the body, of all classes."""
+        return names_of(row for kind in self.classes for row in (*kind.rows, *kind.optional))
 
-    def config(self, ours: Settings, names: Collection[str]) -> Json:
-        """config.json without what the tokenizer adds; names: of our tensors. Raises Inexpressible."""
-        theirs: Json = {"architectures": [self.class_of(names)], "model_type": self.model_type}
+    def class_of(self, objective: str, names: Collection[str]) -> ModelClass:
+        """Of a model of these tensors of ours, trained for the objective. Raises Inexpressible."""
+        fitting = [kind for kind in self.classes if objective in kind.objectives]
+        for kind in fitting:
+            if kind.fits(names, self.heads):
+                return kind
+        if not fitting:
+            raise Inexpressible("objective.kind", objective, f"transformers has no class of {self.model_type} for it")
+        heads = ", ".join(sorted(set(names) & self.heads)) or "none"
+        raise Inexpressible("objective.kind", objective, f"no class of {self.model_type} has just these heads: {heads}")
+
+    def config(self, ours: Settings, kind: ModelClass) -> Json:
+        """config.json without what the tokenizer and labels add. Raises Inexpressible."""
+        theirs: Json = {"architectures": [kind.name], "model_type": self.model_type}
         for option in self.options:
             theirs.update(option.write(ours))
         return theirs
@@ -224,27 +209,29 @@ class Architecture:
             ours.update(option.read(theirs))
         return ours
 
-    def rows_of(self, num_layers: int, names: set[str]) -> list[Row]:
+    def rows_of(self, kind: ModelClass, num_layers: int, names: set[str]) -> list[Row]:
         """The rows that hold the tensors `names` of ours, all of them and each once. Raises Inexpressible for a tensor
         that no row has."""
-        rows = [row for pattern in self.rows for row in pattern.expanded(num_layers) if names & set(row.ours)]
+        patterns = (*self.rows, *kind.rows, *kind.optional)
+        rows = [row for pattern in patterns for row in pattern.expanded(num_layers) if names & set(row.ours)]
         held = [name for row in rows for name in row.ours]
         beyond = sorted((names - set(held)) | {name for name in held if name not in names or held.count(name) > 1})
         if beyond:
-            raise Inexpressible("model", beyond[0], f"{self.model_type} has no place for this tensor")
+            raise Inexpressible("model", beyond[0], f"{kind.name} has no place for this tensor")
         return rows
 
-    def names_in(self, stored: Iterable[str], wanted: Iterable[str], tied: bool) -> dict[str, str]:
+    def names_in(self, kind: ModelClass, stored: Iterable[str], wanted: Iterable[str], tied: bool) -> dict[str, str]:
         """The name that each tensor of a folder has in the rows, and its name there: the latter may lack `prefix`. Without
-        buffers, and without an output layer that is tied to the embedding."""
-        skipped = {row.theirs for row in self.rows if tied and row.ours == ("head.weight",)}
+        what the class does not read, and without an output layer that is tied to the embedding."""
+        skipped = {row.theirs for row in kind.rows if tied and row.ours == ("head.weight",)}
+        ignored = (*self.ignored, *kind.ignored)
         known, names = set(wanted), {}
         for name in stored:
             now = name
             for pattern, new in self.renamed:
                 now = re.sub(pattern, new, now)
             full = now if now in known or self.prefix + now not in known else self.prefix + now
-            if full not in skipped and not any(re.fullmatch(pattern, name) for pattern in self.ignored):
+            if full not in skipped and not any(re.fullmatch(pattern, name) for pattern in ignored):
                 names[full] = name
         return names
 

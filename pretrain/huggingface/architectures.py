@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pretrain.errors import UserError
 from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Settings
 from pretrain.huggingface.bert import BERT
 from pretrain.huggingface.gpt2 import GPT2
+from pretrain.huggingface.heads import read_labels
 from pretrain.huggingface.llama import LLAMA, MISTRAL
 from pretrain.huggingface.neox import NEOX
+from pretrain.huggingface.rows import ModelClass
+from pretrain.tasks.labels import LabelSet
 
 KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX, BERT)
 
@@ -42,23 +46,31 @@ def _against(architecture: Architecture, ours: Settings) -> list[Inexpressible]:
     return against
 
 
-def read_architecture(theirs: Json, name: str) -> tuple[Architecture, Settings]:
-    """The architecture that config.json (`name`, for messages) tells of, and the fields of our ModelConfig.
+class Read(NamedTuple):
+    """What a config.json tells of. kind, labels: the objective's, and a task's classes in the order of the outputs."""
 
-    Raises UserError for one that is not known, or an option of it that we lack."""
+    architecture: Architecture
+    model: ModelClass
+    settings: Settings  # fields of our ModelConfig
+    kind: str
+    labels: LabelSet
+
+
+def read_architecture(theirs: Json, name: str) -> Read:
+    """name: of config.json, for messages. Raises UserError for an architecture or a class that is not known, or an option
+    that we lack."""
     kinds = {architecture.model_type: architecture for architecture in KNOWN}
     kind = theirs.get("model_type")
     architecture = kinds.get(kind) if isinstance(kind, str) else None
     if architecture is None:
         raise UserError(f"{name}: model_type is {kind!r:.60}; those that can be imported are {', '.join(kinds)}.")
-    classes = theirs.get("architectures") or [architecture.class_name]
-    readable = {architecture.class_name, *architecture.base_names}
-    if not isinstance(classes, list) or not {str(found) for found in classes} <= readable:
-        raise UserError(
-            f"{name}: architectures is {classes!r:.80}; of {kind} {' and '.join(sorted(readable))} can be read."
-        )
+    readable = {model.name: model for model in architecture.classes}
+    told = theirs.get("architectures") or [next(iter(readable))]
+    if not isinstance(told, list) or len(told) != 1 or not isinstance(told[0], str) or told[0] not in readable:
+        raise UserError(f"{name}: architectures is {told!r:.80}; of {kind} {', '.join(readable)} can be read.")
+    model = readable[told[0]]
     try:
-        return architecture, architecture.settings(theirs)
+        return Read(architecture, model, architecture.settings(theirs), *read_labels(model.objectives, theirs))
     except Inexpressible as reason:
         raise UserError(f"{name}: this program has no such option: {reason}.") from reason
     except (KeyError, TypeError, ValueError, AttributeError) as error:

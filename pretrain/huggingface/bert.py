@@ -1,22 +1,25 @@
-"""BERT: token, position and segment embeddings with a norm, LayerNorm after each layer, and the heads of its pre-training."""
+"""BERT: token, position and segment embeddings with a norm, LayerNorm after each layer, and the heads of its
+pre-training or of a task."""
 
 from __future__ import annotations
 
-from pretrain.huggingface.architecture import Architecture, Choice, Equal, Ours, Row, Same, Theirs
+from pretrain.huggingface.architecture import Architecture, Choice, Equal, Ours, Same, Theirs
+from pretrain.huggingface.rows import ModelClass, Row
 
 LAYER = "bert.encoder.layer.{layer}"
+POOLER = (Row("bert.pooler.dense.{kind}", ("pooler.dense.{kind}",)),)
+MASKED = (
+    Row("cls.predictions.transform.dense.{kind}", ("transform.dense.{kind}",)),
+    Row("cls.predictions.transform.LayerNorm.{kind}", ("transform.norm.{kind}",)),
+    Row("cls.predictions.bias", ("head.bias",)),
+    Row("cls.predictions.decoder.weight", ("head.weight",)),
+)
+PAIRS = (Row("cls.seq_relationship.{kind}", ("pair_head.{kind}",)),)
+CLASSIFIER = (Row("classifier.{kind}", ("task_head.{kind}",)),)
+OLD_POOLER = (r"bert\.pooler\.dense\.(weight|bias)",)  # in older files, where every class had one
 
 BERT = Architecture(
     model_type="bert",
-    class_name="BertModel",
-    classes=(("pair_head.weight", "BertForPreTraining"), ("transform.dense.weight", "BertForMaskedLM")),
-    base_names=(
-        "BertForPreTraining",
-        "BertForMaskedLM",
-        "BertForSequenceClassification",
-        "BertForTokenClassification",
-        "BertForQuestionAnswering",
-    ),
     prefix="bert.",
     options=(
         Ours("kind", "bert"),
@@ -65,14 +68,21 @@ BERT = Architecture(
         Row(f"{LAYER}.intermediate.dense.{{kind}}", ("blocks.{layer}.feed_forward.up.{kind}",)),
         Row(f"{LAYER}.output.dense.{{kind}}", ("blocks.{layer}.feed_forward.down.{kind}",)),
         Row(f"{LAYER}.output.LayerNorm.{{kind}}", ("blocks.{layer}.norm_2.{kind}",)),
-        Row("bert.pooler.dense.{kind}", ("pooler.dense.{kind}",)),
-        Row("cls.predictions.transform.dense.{kind}", ("transform.dense.{kind}",)),
-        Row("cls.predictions.transform.LayerNorm.{kind}", ("transform.norm.{kind}",)),
-        Row("cls.predictions.bias", ("head.bias",)),
-        Row("cls.predictions.decoder.weight", ("head.weight",)),
-        Row("cls.seq_relationship.{kind}", ("pair_head.{kind}",)),
     ),
-    ignored=(r".*\.position_ids", r"cls\.predictions\.decoder\.bias", r"(classifier|qa_outputs)\..*"),
-    optional=("pooler.", "transform.", "head.", "pair_head."),
+    classes=(
+        ModelClass("BertModel", ("masked",), optional=POOLER),
+        ModelClass("BertForPreTraining", ("masked",), (*MASKED, *POOLER, *PAIRS)),
+        ModelClass("BertForMaskedLM", ("masked",), MASKED, optional=(*POOLER, *PAIRS)),
+        ModelClass("BertForSequenceClassification", ("classification", "regression"), (*POOLER, *CLASSIFIER)),
+        ModelClass("BertForTokenClassification", ("tagging",), CLASSIFIER, ignored=OLD_POOLER),
+        ModelClass(
+            "BertForQuestionAnswering",
+            ("question-answering",),
+            (Row("qa_outputs.{kind}", ("task_head.{kind}",)),),
+            ignored=OLD_POOLER,
+        ),
+        ModelClass("BertForMultipleChoice", ("multiple-choice",), (*POOLER, *CLASSIFIER)),
+    ),
+    ignored=(r".*\.position_ids", r"cls\.predictions\.decoder\.bias"),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),  # TensorFlow's
 )

@@ -18,18 +18,23 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, read_weight, weight_shapes
+from pretrain.config.run import Config
 from pretrain.data.folder import whole_folder
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import run_labels
 from pretrain.huggingface import vocabulary
-from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Row, Settings, settings_of
+from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Settings, settings_of
 from pretrain.huggingface.architectures import architecture_of
 from pretrain.huggingface.forms import join, joined_shape
+from pretrain.huggingface.heads import left_out, write_labels
 from pretrain.huggingface.progress import Bar
+from pretrain.huggingface.rows import ModelClass, Row
 from pretrain.huggingface.tensors import INDEX, Planned, model_files, parts_of, write_model
+from pretrain.huggingface.vocabulary import Use
 from pretrain.loading import find_checkpoint
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.tokenization.base import Tokenizer
-from pretrain.vocabulary import vocabulary_of
+from pretrain.vocabulary import Vocabulary, vocabulary_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,33 +53,32 @@ def export(
     """Write the model of a run's newest checkpoint, or of one step's. Raises UserError, and leaves `out` as it was, where
     Hugging Face's architectures cannot express it."""
     config, tokenizer, found = run_config(run), run_tokenizer(run), find_checkpoint(run, step)
-    ours = settings_of(config.model, vocabulary_of(config, tokenizer).size, config.data.seq_length)
-    architecture, names = architecture_of(ours), weight_shapes(found)
-    theirs, planned = architecture.config(ours, names), plan(architecture, ours, found)
+    words = vocabulary_of(config, tokenizer)
+    ours = settings_of(config.model, words.size, config.data.seq_length)
+    architecture, shapes = architecture_of(ours), weight_shapes(found)
+    try:
+        kind = architecture.class_of(config.objective.kind, shapes)
+        planned = plan(architecture, kind, ours, found)
+    except Inexpressible as reason:
+        raise UserError(f"{run}: {reason}") from reason
+    theirs = {**architecture.config(ours, kind), **_ids(config, tokenizer)}
+    if config.objective.is_task:
+        theirs |= write_labels(config.objective.kind, run_labels(run))
     width = DTYPES[dtype].itemsize
     files = model_files(len(parts_of(planned, width)))
     with whole_folder(out, (*files, INDEX, "config.json", *vocabulary.FILES), say) as draft:
-        text = json.dumps({**theirs, **_ids(tokenizer), "torch_dtype": str(DTYPES[dtype]).split(".")[1]}, indent=2)
+        text = json.dumps({**theirs, "torch_dtype": str(DTYPES[dtype]).split(".")[1]}, indent=2, ensure_ascii=False)
         (draft / "config.json").write_text(text + "\n")
-        vocabulary.write_tokenizer(draft, tokenizer, ours["max_positions"], segments=ours["segments"] > 0)
+        vocabulary.write_tokenizer(draft, tokenizer, use_of(config, words, ours["max_positions"]))
         with Bar("Exporting", sum(tensor.numel for tensor in planned) * width) as bar:
             write_model(draft, planned, DTYPES[dtype], bar.add)
-    notes = [
-        f"model.{name} {ours[name]} is left out: config.json has no place for it, and it changes training alone"
-        for name in architecture.unsaid
-        if ours[name]
-    ]
     size = sum(tensor.numel for tensor in planned) * width
-    return Exported(architecture.class_of(names), size, notes + vocabulary.notes(tokenizer))
+    return Exported(kind.name, size, _notes(config, architecture, ours, tokenizer))
 
 
-def plan(architecture: Architecture, ours: Settings, found: Checkpoint) -> list[Planned]:
-    """Their tensors, each made of ours from the checkpoint when its turn comes."""
+def plan(architecture: Architecture, kind: ModelClass, ours: Settings, found: Checkpoint) -> list[Planned]:
+    """Their tensors, each made of ours from the checkpoint when its turn comes. Raises Inexpressible."""
     shapes = weight_shapes(found)
-    try:
-        rows = architecture.rows_of(ours["num_layers"], set(shapes))
-    except Inexpressible as reason:
-        raise UserError(f"{found.folder}: {reason}") from reason
 
     def planned(row: Row) -> Planned:
         def make() -> Tensor:
@@ -82,11 +86,39 @@ def plan(architecture: Architecture, ours: Settings, found: Checkpoint) -> list[
 
         return Planned(row.theirs, joined_shape(row, [shapes[name] for name in row.ours]), make)
 
-    return [planned(row) for row in rows]
+    return [planned(row) for row in architecture.rows_of(kind, ours["num_layers"], set(shapes))]
 
 
-def _ids(tokenizer: Tokenizer) -> Json:
-    return {f"{role}_token_id": tokenizer.special.get(role) for role in ("bos", "eos", "pad")}
+def use_of(config: Config, words: Vocabulary, longest: int) -> Use:
+    """What the tokenizer is used for. A task's model takes texts as it was trained on, cut to the same length."""
+    model, task = config.model, config.objective.is_task
+    length = config.data.seq_length if task else longest
+    segments = model.num_segments > 0
+    if not model.causal:
+        return Use(length, segments, "cls", "sep", int(model.num_segments > 1), words.special)
+    return Use(length, segments, None, "eos" if task else None, 0, words.special)
+
+
+def _ids(config: Config, tokenizer: Tokenizer) -> Json:
+    ids = {f"{role}_token_id": tokenizer.special.get(role) for role in ("bos", "eos", "pad")}
+    return {**ids, "pad_token_id": None} if _lacks_padding(config, tokenizer) else ids
+
+
+def _lacks_padding(config: Config, tokenizer: Tokenizer) -> bool:
+    """Whether a decoder's class, which looks for the last token that is no padding, could not tell it from the text's."""
+    pad = tokenizer.special.get("pad", tokenizer.eos)
+    return config.objective.is_task and config.model.causal and pad == tokenizer.eos
+
+
+def _notes(config: Config, architecture: Architecture, ours: Settings, tokenizer: Tokenizer) -> list[str]:
+    told = [
+        f"model.{name} {ours[name]} is left out: config.json has no place for it, and it changes training alone"
+        for name in architecture.unsaid
+        if ours[name]
+    ]
+    if _lacks_padding(config, tokenizer):
+        told.append("the tokenizer has no padding of its own, so transformers takes one text at a time")
+    return told + left_out(config.objective) + vocabulary.notes(tokenizer)
 
 
 def main(args: Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.huggingface.architecture import Row
+from pretrain.huggingface.rows import Row
 
 Shape = tuple[int, ...]
 

@@ -10,11 +10,11 @@ from pretrain.huggingface.architecture import (
     Equal,
     Json,
     Ours,
-    Row,
     Same,
     Settings,
     Theirs,
 )
+from pretrain.huggingface.rows import ModelClass, Row
 
 
 def _write_inner(ours: Settings) -> Json:
@@ -25,10 +25,9 @@ def _read_inner(theirs: Json) -> Settings:
     return {"ffn_hidden_size": theirs.get("n_inner")}  # null on both sides: 4 x the hidden size
 
 
+OUTPUT = (Row("lm_head.weight", ("head.weight",)),)
 GPT2 = Architecture(
     model_type="gpt2",
-    class_name="GPT2LMHeadModel",
-    base_names=("GPT2Model",),
     prefix="transformer.",
     options=(
         *DECODER,
@@ -80,7 +79,19 @@ GPT2 = Architecture(
         Row("transformer.h.{layer}.mlp.c_fc.{kind}", ("blocks.{layer}.feed_forward.up.{kind}",), "turned"),
         Row("transformer.h.{layer}.mlp.c_proj.{kind}", ("blocks.{layer}.feed_forward.down.{kind}",), "turned"),
         Row("transformer.ln_f.{kind}", ("norm.{kind}",)),
-        Row("lm_head.weight", ("head.weight",)),
+    ),
+    classes=(
+        ModelClass("GPT2LMHeadModel", ("causal",), OUTPUT),
+        ModelClass("GPT2Model", ("causal",), OUTPUT),
+        ModelClass(
+            "GPT2ForSequenceClassification",
+            ("classification", "regression"),
+            (Row("score.weight", ("task_head.weight",)),),
+        ),
+        ModelClass("GPT2ForTokenClassification", ("tagging",), (Row("classifier.{kind}", ("task_head.{kind}",)),)),
+        ModelClass(
+            "GPT2ForQuestionAnswering", ("question-answering",), (Row("qa_outputs.{kind}", ("task_head.{kind}",)),)
+        ),
     ),
     ignored=(r".*\.attn\.(bias|masked_bias)",),
 )

@@ -1,8 +1,9 @@
 """`python -m pretrain import`: a folder of Hugging Face's as a run of ours, at step 0.
 
-    RUN/config.yaml, tokenizer.*, checkpoints/step-00000000/
+    RUN/config.yaml, tokenizer.*, checkpoints/step-00000000/, labels.json of a task's model
 
-Such a run evaluates, generates and exports as any other. It has no optimizer's state, and nothing says what data it saw.
+Such a run evaluates, generates, predicts and exports as any other; one of a body without heads is what `model.initial` of a
+fine-tuning can be. It has no optimizer's state, and nothing says what data it saw.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import torch
 from parallel.layers import Parts
 from parallel.logical import logical_tensors
 from pretrain.config.load import checked_config, dump_config
+from pretrain.config.objective import TASKS, ObjectiveConfig
 from pretrain.config.run import Config
 from pretrain.data.folder import whole_folder
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import LABELS, keep_labels, task_of
 from pretrain.huggingface import vocabulary
-from pretrain.huggingface.architecture import Architecture, Inexpressible, Row, Settings
-from pretrain.huggingface.architectures import read_architecture
+from pretrain.huggingface.architecture import Inexpressible
+from pretrain.huggingface.architectures import Read, read_architecture
 from pretrain.huggingface.forms import Shape, joined_shape, take
 from pretrain.huggingface.progress import Bar
+from pretrain.huggingface.rows import Row, names_of
 from pretrain.huggingface.tensors import Planned, Weights, parts_of, read_limited, write_file
 from pretrain.models.make import make_model
 from pretrain.opening import State, folder_of, open_checkpoint
@@ -35,6 +39,7 @@ from pretrain.storage import Entry, Written, file_name
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer
 from pretrain.tokenization.library import parse_json
+from pretrain.vocabulary import vocabulary_of
 
 
 def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: Callable[[str], None] = print) -> Config:
@@ -43,60 +48,67 @@ def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: C
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json in it, so this is no model's folder of Hugging Face's")
-    architecture, settings = read_architecture(parse_json(read_limited(path), str(path)), str(path))
+    read = read_architecture(parse_json(read_limited(path), str(path)), str(path))
     found = vocabulary.read_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
-    config = _config(settings, found, run, path)
+    config = _config(read, found, run, path)
     with Weights(folder) as weights:
-        planned = plan(architecture, config, settings["vocab_size"], weights)
-        config = _with_heads(config, {tensor.name for tensor in planned})
-        with whole_folder(run, (CONFIG, CHECKPOINTS, *FILES), say) as draft:
+        planned = plan(read, _shapes(config, found, read), config, weights)
+        config = _with_pairs(config, {tensor.name for tensor in planned})
+        with whole_folder(run, (CONFIG, CHECKPOINTS, LABELS, *FILES), say) as draft:
             (draft / CONFIG).write_text(dump_config(config))
             keep_tokenizer(draft, found)
-            _write_checkpoint(draft, planned, architecture.model_type)
+            if config.objective.is_task:
+                (draft / LABELS).write_bytes(keep_labels(read.labels))
+            _write_checkpoint(draft, planned, read.model.name)
             open_checkpoint(folder_of(draft, 0))  # what was written is what will be accepted
     return config
 
 
-def _config(settings: Settings, tokenizer: Tokenizer, run: Path, path: Path) -> Config:
+def _config(read: Read, tokenizer: Tokenizer, run: Path, path: Path) -> Config:
     """The config of the run. Raises UserError where the values are none that a model can have."""
-    size = settings["vocab_size"]
+    size, length = read.settings["vocab_size"], read.settings["max_positions"]
     if type(size) is not int or tokenizer.vocab_size > size:
         raise UserError(
             f"{path}: vocab_size is {size!r:.40}, but the tokenizer has {tokenizer.vocab_size:,} ids: these are not of one model."
         )
-    model = {**settings, "vocab_size": None if size == tokenizer.vocab_size else size}
+    model = {**read.settings, "vocab_size": None if size == tokenizer.vocab_size else size}
+    objective: dict[str, object] = {"kind": read.kind}
+    if read.kind in TASKS:
+        model["initial"] = str(path.parent)
+        length = min(vocabulary.longest(path.parent) or length, length)
+        if read.kind in ("tagging", "question-answering"):
+            objective["overlap"] = min(ObjectiveConfig().overlap, length // 2)
     values: dict[str, object] = {
         "model": model,
-        "data": {"seq_length": settings["max_positions"]},
+        "data": {"seq_length": length},
+        "objective": objective,
+        "precision": {"compute": "fp32"},
         "run": {"dir": str(run)},
     }
-    values["precision"] = {"compute": "fp32"}
-    values["objective"] = {"kind": "causal" if settings["kind"] == "gpt" else "masked"}
     return checked_config(values, f"{path}: this model cannot be one of ours")
 
 
-def _with_heads(config: Config, names: set[str]) -> Config:
-    """An encoder's objective is that whose heads are there."""
-    if config.model.causal:
+def _with_pairs(config: Config, names: set[str]) -> Config:
+    """With the objective whose heads are there."""
+    if "pair_head.weight" not in names:
         return config
-    pairs = "next" if "pair_head.weight" in names else "none"
-    objective = config.objective.model_copy(update={"pairs": pairs})
-    return config.model_copy(update={"objective": objective})
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"pairs": "next"})})
 
 
-def plan(architecture: Architecture, config: Config, vocab_size: int, weights: Weights) -> list[Planned]:
-    """Our tensors, each taken out of theirs when its turn comes. Raises UserError where the folder's tensors are not just
-    those of the model."""
-    shapes = _shapes(config, vocab_size)
+def plan(read: Read, shapes: dict[str, Shape], config: Config, weights: Weights) -> list[Planned]:
+    """Our tensors, each taken out of theirs when its turn comes. shapes: of those that there may be. Raises UserError where
+    the folder's tensors are not just those of the model."""
     try:
-        rows = architecture.rows_of(config.model.num_layers, set(shapes))
+        rows = read.architecture.rows_of(read.model, config.model.num_layers, set(shapes))
     except Inexpressible as reason:
         raise UserError(f"{weights.folder}: {reason}") from reason
-    names = architecture.names_in(weights.names, [row.theirs for row in rows], tied=config.model.tie_embeddings)
+    theirs = [row.theirs for row in rows]
+    names = read.architecture.names_in(read.model, weights.names, theirs, tied=config.model.tie_embeddings)
+    without = _heads_without(read, rows, set(names))
     planned = []
     for row in rows:
         parts = [shapes[name] for name in row.ours]
-        if row.theirs not in names and all(name.startswith(architecture.optional) for name in row.ours):
+        if row.ours[0].split(".")[0] in without:
             continue
         if row.theirs not in names:
             raise UserError(f"{weights.folder}: lacks the tensor {row.theirs}.")
@@ -111,16 +123,30 @@ def plan(architecture: Architecture, config: Config, vocab_size: int, weights: W
     return planned
 
 
+def _heads_without(read: Read, rows: list[Row], held: set[str]) -> set[str]:
+    """The heads that the class need not have, and of which the folder holds nothing."""
+    may = {name.split(".")[0] for name in names_of(read.model.optional)}
+    return may - {row.ours[0].split(".")[0] for row in rows if row.theirs in held}
+
+
 def _taken(row: Row, name: str, stored: str, parts: list[Shape], weights: Weights, heads: int) -> Planned:
     return Planned(name, parts[row.ours.index(name)], lambda: take(row, name, weights.read(stored), parts, heads))
 
 
-def _shapes(config: Config, vocab_size: int) -> dict[str, Shape]:
-    """Of our logical tensors."""
+def _shapes(config: Config, tokenizer: Tokenizer, read: Read) -> dict[str, Shape]:
+    """Of the logical tensors that a folder of the class may have."""
+    words, sizes = vocabulary_of(config, tokenizer), Sizes(read.settings["vocab_size"])
+    if config.objective.is_task:
+        task = task_of(config, tokenizer, words, read.labels)
+        sizes = Sizes(words.size, task.num_outputs, task.num_rows)
+    elif not config.model.causal:
+        objective = config.objective.model_copy(update={"pairs": "next"})
+        config = config.model_copy(update={"objective": objective})
     with torch.device("meta"):
-        objective = config.objective if config.model.causal else config.objective.model_copy(update={"pairs": "next"})
-        model = make_model(config.model_copy(update={"objective": objective}), Parts(), Sizes(vocab_size))
-    return {name: piece.shape for name, piece, _ in logical_tensors(model)}
+        model = make_model(config, Parts(), sizes)
+    mine = names_of((*read.model.rows, *read.model.optional))
+    others = read.architecture.heads - mine
+    return {name: piece.shape for name, piece, _ in logical_tensors(model) if name not in others}
 
 
 def _write_checkpoint(run: Path, planned: list[Planned], kind: str) -> None:
@@ -144,10 +170,14 @@ def main(args: Namespace) -> int:
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
     config = import_folder(Path(args.folder), run, tokenizer, lambda line: print(line, file=sys.stderr))
     print(f"{run}: {config.model.kind} of {config.model.num_layers} layers, {config.model.hidden_size} wide")
-    if config.model.causal:
-        print(f"next: python -m pretrain generate {run} --prompt TEXT")
-    else:
-        print(
-            f"next: python -m pretrain train configs/finetune/classification.yaml model.initial={run} data.train=FILE"
-        )
+    print(f"next: python -m pretrain {_next(config, run)}")
     return 0
+
+
+def _next(config: Config, run: Path) -> str:
+    """The command that the run is for."""
+    if config.objective.is_task:
+        return f"predict {run} --input FILE --out FILE"
+    if config.model.causal:
+        return f"generate {run} --prompt TEXT"
+    return f"train configs/finetune/classification.yaml model.initial={run} data.train=FILE data.validation=FILE"

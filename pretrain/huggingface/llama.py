@@ -11,12 +11,12 @@ from pretrain.huggingface.architecture import (
     Json,
     Option,
     Ours,
-    Row,
     Same,
     Settings,
     Theirs,
 )
 from pretrain.huggingface.rope import read_rope, write_rope
+from pretrain.huggingface.rows import ModelClass, Row
 
 
 def _write_biases(ours: Settings) -> Json:
@@ -64,15 +64,29 @@ ROWS = (
     Row("model.layers.{layer}.mlp.up_proj.{kind}", ("blocks.{layer}.feed_forward.up.{kind}",)),
     Row("model.layers.{layer}.mlp.down_proj.{kind}", ("blocks.{layer}.feed_forward.down.{kind}",)),
     Row("model.norm.weight", ("norm.weight",)),
-    Row("lm_head.weight", ("head.weight",)),
 )
+OUTPUT = (Row("lm_head.weight", ("head.weight",)),)
+
+
+def _classes(name: str) -> tuple[ModelClass, ...]:
+    """Theirs for questions names the body otherwise."""
+    return (
+        ModelClass(f"{name}ForCausalLM", ("causal",), OUTPUT),
+        ModelClass(f"{name}Model", ("causal",), OUTPUT),
+        ModelClass(
+            f"{name}ForSequenceClassification",
+            ("classification", "regression"),
+            (Row("score.weight", ("task_head.weight",)),),
+        ),
+        ModelClass(f"{name}ForTokenClassification", ("tagging",), (Row("score.{kind}", ("task_head.{kind}",)),)),
+    )
+
+
 IGNORED = (r".*rotary_emb\.inv_freq",)
 UNSAID = ("residual_dropout", "embedding_dropout")
 
 LLAMA = Architecture(
     model_type="llama",
-    class_name="LlamaForCausalLM",
-    base_names=("LlamaModel",),
     prefix="model.",
     options=(
         *DECODER,
@@ -82,13 +96,12 @@ LLAMA = Architecture(
         Theirs("pretraining_tp", 1),
     ),
     rows=ROWS,
+    classes=_classes("Llama"),
     ignored=IGNORED,
     unsaid=UNSAID,
 )
 MISTRAL = Architecture(
     model_type="mistral",
-    class_name="MistralForCausalLM",
-    base_names=("MistralModel",),
     prefix="model.",
     options=(
         *DECODER,
@@ -97,6 +110,7 @@ MISTRAL = Architecture(
         Both(lambda ours: {"sliding_window": _one_window(ours)}, _read_window),
     ),
     rows=ROWS,
+    classes=_classes("Mistral"),
     ignored=IGNORED,
     unsaid=UNSAID,
 )

@@ -10,12 +10,12 @@ from pretrain.huggingface.architecture import (
     Equal,
     Json,
     Ours,
-    Row,
     Same,
     Settings,
     Theirs,
 )
 from pretrain.huggingface.rope import read_rope, write_rope
+from pretrain.huggingface.rows import ModelClass, Row
 
 
 def _write(ours: Settings) -> Json:
@@ -27,10 +27,9 @@ def _read(theirs: Json) -> Settings:
     return read_rope({"rope_theta": theirs.get("rotary_emb_base", 10000.0), **theirs})
 
 
+OUTPUT = (Row("embed_out.weight", ("head.weight",)),)
 NEOX = Architecture(
     model_type="gpt_neox",
-    class_name="GPTNeoXForCausalLM",
-    base_names=("GPTNeoXModel",),
     prefix="gpt_neox.",
     options=(
         *DECODER,
@@ -77,7 +76,19 @@ NEOX = Architecture(
         Row("gpt_neox.layers.{layer}.mlp.dense_h_to_4h.{kind}", ("blocks.{layer}.feed_forward.up.{kind}",)),
         Row("gpt_neox.layers.{layer}.mlp.dense_4h_to_h.{kind}", ("blocks.{layer}.feed_forward.down.{kind}",)),
         Row("gpt_neox.final_layer_norm.{kind}", ("norm.{kind}",)),
-        Row("embed_out.weight", ("head.weight",)),
+    ),
+    classes=(
+        ModelClass("GPTNeoXForCausalLM", ("causal",), OUTPUT),
+        ModelClass("GPTNeoXModel", ("causal",), OUTPUT),
+        ModelClass(
+            "GPTNeoXForSequenceClassification",
+            ("classification", "regression"),
+            (Row("score.weight", ("task_head.weight",)),),
+        ),
+        ModelClass("GPTNeoXForTokenClassification", ("tagging",), (Row("classifier.{kind}", ("task_head.{kind}",)),)),
+        ModelClass(
+            "GPTNeoXForQuestionAnswering", ("question-answering",), (Row("qa_outputs.{kind}", ("task_head.{kind}",)),)
+        ),
     ),
     ignored=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

@@ -181,8 +181,9 @@ def _no_weights(folder: Path) -> UserError:
         return UserError(f"{folder}: holds no weights: neither {SINGLE} nor {INDEX}.")
     return UserError(
         f"{folder}: its weights are only in {pickles[0]}, a format that can run code when it is read. Where you trust it, "
-        'convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safe')\", and add the tokenizer's files."
+        f"convert it once: python -c \"import transformers as t; f = '{folder}'; "
+        "getattr(t, t.AutoConfig.from_pretrained(f).architectures[0]).from_pretrained(f).save_pretrained(f + '-safe')\", "
+        "and add the tokenizer's files."
     )
 
 

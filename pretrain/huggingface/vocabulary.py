@@ -9,43 +9,92 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.errors import UserError
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import load_tokenizer
-from pretrain.tokenization.library import Json, Library
-from pretrain.tokenization.pieces import SPACE, Pieces
+from pretrain.tokenization.library import Json, Library, parse_json
+from pretrain.tokenization.pieces import CONTROLS, SPACE, Pieces
+from pretrain.tokenization.vocabularies import template
 
 FILES = ("tokenizer.json", "tokenizer_config.json", Pieces.file)
 NEVER = -1e5  # score of a piece that no text may become: some thousand pieces' worth
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece's types of pieces
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int, segments: bool = False) -> None:
-    """Write its files. length: of the model's longest text, in tokens. segments: the model takes token_type_ids.
+class Use(NamedTuple):
+    """What a model takes texts as. length: of its longest, in tokens. segments: whether it takes token_type_ids. opening,
+    closing: roles that stand before all texts and behind each (None: as the tokenizer has it); second: the segment of a
+    second text. special: the model's ids by role, of which the tokenizer may lack some."""
 
-    Raises UserError for a SentencePiece model that tokenizer.json cannot express."""
+    length: int
+    segments: bool = False
+    opening: str | None = None
+    closing: str | None = None
+    second: int = 0
+    special: Mapping[str, int] = {}
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, use: Use) -> None:
+    """Write its files. Raises UserError for a SentencePiece model that tokenizer.json cannot express."""
+    behind = _lacking(tokenizer, use.special)
+    pieces = {index: tokenizer.piece(index) for index in tokenizer.special.values()} | behind
+    roles = {role: pieces[index] for role, index in {**use.special, **tokenizer.special}.items()}
     if isinstance(tokenizer, Pieces):
         (folder / Pieces.file).write_bytes(tokenizer.content)
         description = description_of(tokenizer.content)
     else:
         assert isinstance(tokenizer, Library)
-        description = tokenizer.description
+        description = {**tokenizer.description, "truncation": None, "padding": None}
+    added = [{"id": index, "content": name, **ADDED, "special": True} for index, name in sorted(behind.items())]
+    description["added_tokens"] = [*(description.get("added_tokens") or []), *added]
+    if use.closing is not None:
+        opening = None if use.opening is None else (roles[use.opening], use.special[use.opening])
+        frame = template(opening, (roles[use.closing], use.special[use.closing]), use.second)
+        description["post_processor"] = _framed(description.get("post_processor"), frame)
     (folder / "tokenizer.json").write_bytes(_dumped(description))
-    roles = {role: tokenizer.piece(index) for role, index in tokenizer.special.items()}
+    (folder / "tokenizer_config.json").write_bytes(_dumped(_config(roles, use)))
+
+
+def _config(roles: dict[str, str], use: Use) -> Json:
+    """tokenizer_config.json."""
     if roles.get("sep") == roles["eos"] and "bos" not in roles:
-        del roles["eos"]  # [SEP], which transformers' models do not end at
-    inputs = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
-    config = {
+        roles = {
+            role: piece for role, piece in roles.items() if role != "eos"
+        }  # [SEP], which their models do not end at
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": piece for role, piece in roles.items()},
-        "model_max_length": length,
-        "model_input_names": inputs,
+        "model_max_length": use.length,
+        "model_input_names": ["input_ids", *(["token_type_ids"] if use.segments else []), "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_bytes(_dumped(config))
+
+
+def _lacking(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[int, str]:
+    """Names for the control symbols that the tokenizer lacks, which no text has. Raises UserError where there are none."""
+    behind = {role: index for role, index in special.items() if index >= tokenizer.vocab_size}
+    if not behind:
+        return {}
+    held = {tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
+    names = {role: next((name for name in CONTROLS[role] if name not in held), None) for role in behind}
+    for role, name in names.items():
+        if name is None or "" in held:
+            raise UserError(
+                f"The tokenizer has no {role} symbol, and its ids or pieces leave no place for one behind them: no "
+                "tokenizer.json gives the model's ids, so this cannot be exported."
+            )
+    return {index: str(names[role]) for role, index in behind.items()}
+
+
+def _framed(before: Json | None, frame: Json) -> Json:
+    """The frame in place of another; what gives byte-level pieces their offsets stays."""
+    steps = [before] if before is None or before["type"] != "Sequence" else before["processors"]
+    kept = [step for step in steps if step is not None and step["type"] == "ByteLevel"]
+    return {"type": "Sequence", "processors": [*kept, frame]} if kept else frame
 
 
 def notes(tokenizer: Tokenizer) -> list[str]:
@@ -65,9 +114,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     model, described = folder / Pieces.file, folder / "tokenizer.json"
     if model.is_file() and described.is_file():
         pieces = load_tokenizer(model)
-        if _dumped(description_of(pieces.content)) == described.read_bytes():
+        if _is_of(parse_json(described.read_bytes(), str(described)), pieces):
             return pieces
     return load_tokenizer(folder)
+
+
+def _is_of(description: Json, pieces: Tokenizer) -> bool:
+    """Whether it was made of the SentencePiece model, whatever frame and symbols of the model's own were put to it."""
+    own = description_of(pieces.content)
+    added = [token for token in description.get("added_tokens") or [] if token["id"] < pieces.vocab_size]
+    return {**description, "added_tokens": added, "post_processor": None} == own
+
+
+def longest(folder: Path) -> int | None:
+    """Tokens of the longest text, where the folder tells it."""
+    path = folder / "tokenizer_config.json"
+    length = parse_json(path.read_bytes(), str(path)).get("model_max_length") if path.is_file() else None
+    return length if type(length) is int and length > 0 else None
 
 
 def _dumped(value: Any) -> bytes:

@@ -1,7 +1,8 @@
 """A pre-trained body with a small head for one task (Devlin et al. 2018, section 4; Radford et al. 2018, section 3.2).
 
 Classification, regression and multiple choice read one state of a sequence: of an encoder [CLS]'s, through the pooler, of a
-decoder the last token's. Tagging and question answering read every position's. The head is one product.
+decoder the last token's. Tagging and question answering read every position's. The head is one product, of a
+decoder's one state without a bias (Radford et al. 2018, equation 3).
 
 The head sees the whole sequence on every rank (`Parts.whole`); of context ranks only the first one's loss counts.
 
@@ -53,7 +54,8 @@ class TaskModel(Stack):
             return
         if kind in OF_SEQUENCE and not config.causal:
             self.pooler = Pooler(config, parts.picked)
-        self.task_head = parts.picked.linear(config.hidden_size, num_outputs, True, config.initial_scale)
+        bias = not (config.causal and kind in OF_SEQUENCE)
+        self.task_head = parts.picked.linear(config.hidden_size, num_outputs, bias, config.initial_scale)
 
     def forward(
         self,

@@ -32,7 +32,7 @@ def wordpiece(content: bytes, name: str, told: Json) -> Json:
             "lowercase": lower,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": _pair_template(vocabulary["[CLS]"], vocabulary["[SEP]"]),
+        "post_processor": template(("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"]), 1),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",
@@ -44,8 +44,8 @@ def wordpiece(content: bytes, name: str, told: Json) -> Json:
     }
 
 
-def _pair_template(cls: int, sep: int) -> Json:
-    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] with segment 1 for B."""
+def template(opening: tuple[str, int] | None, closing: tuple[str, int], second: int) -> Json:
+    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] with another segment for B. opening, closing: a piece and its id."""
 
     def symbol(name: str, segment: int = 0) -> Json:
         return {"SpecialToken": {"id": name, "type_id": segment}}
@@ -53,14 +53,13 @@ def _pair_template(cls: int, sep: int) -> Json:
     def text(name: str, segment: int = 0) -> Json:
         return {"Sequence": {"id": name, "type_id": segment}}
 
-    single = [symbol("[CLS]"), text("A"), symbol("[SEP]")]
+    begin = [] if opening is None else [opening]
+    single = [*(symbol(name) for name, _ in begin), text("A"), symbol(closing[0])]
     return {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, text("B", 1), symbol("[SEP]", 1)],
-        "special_tokens": {
-            name: {"id": name, "ids": [index], "tokens": [name]} for name, index in (("[CLS]", cls), ("[SEP]", sep))
-        },
+        "pair": [*single, text("B", second), symbol(closing[0], second)],
+        "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in (*begin, closing)},
     }
 
 

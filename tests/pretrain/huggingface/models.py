@@ -15,6 +15,7 @@ from parallel.initial import initialise
 from parallel.layers import Parts
 from parallel.logical import logical_tensors, view
 from pretrain.config.load import checked_config, dump_config
+from pretrain.finetuning.opening import LABELS, keep_labels, task_of
 from pretrain.models.bert import BERT as BertModel
 from pretrain.models.make import make_model
 from pretrain.opening import State, folder_of
@@ -22,7 +23,9 @@ from pretrain.runs import keep_tokenizer
 from pretrain.saving import write_manifest
 from pretrain.sizes import Sizes
 from pretrain.storage import Entry, Written
+from pretrain.tasks.labels import LabelSet
 from pretrain.tokenization.base import Tokenizer
+from pretrain.vocabulary import vocabulary_of
 
 LENGTH = 24
 SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 24, "num_heads": 4, "ffn_hidden_size": 40}
@@ -80,13 +83,21 @@ def objective_of(name: str) -> dict[str, Any]:
     return {"kind": "masked", "pairs": "none" if "masked" in name else "order" if "untied" in name else "next"}
 
 
-def write_run(run: Path, options: dict[str, Any], tokenizer: Tokenizer, name: str = "") -> Any:
+def write_run(
+    run: Path,
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+    name: str = "",
+    objective: dict[str, Any] | None = None,
+    labels: tuple[str, ...] = (),
+    length: int = LENGTH,
+) -> Any:
     """A run of one checkpoint, as training leaves it, moments and all. Its biases and norms are away from 0 and 1, so that
     none can be missing unseen."""
     values = {
-        "model": options,
-        "objective": objective_of(name),
-        "data": {"seq_length": LENGTH},
+        "model": options if objective is None else {**options, "initial": "another"},
+        "objective": objective_of(name) if objective is None else objective,
+        "data": {"seq_length": length},
         "run": {"dir": str(run)},
         "precision": {"compute": "fp32", "compile": "never"},
     }
@@ -94,7 +105,13 @@ def write_run(run: Path, options: dict[str, Any], tokenizer: Tokenizer, name: st
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
     keep_tokenizer(run, tokenizer)
-    model = make_model(config, Parts(), Sizes(config.model.vocab_size or tokenizer.vocab_size)).eval()
+    words = vocabulary_of(config, tokenizer)
+    sizes = Sizes(words.size)
+    if config.objective.is_task:
+        (run / LABELS).write_bytes(keep_labels(LabelSet(labels)))
+        task = task_of(config, tokenizer, words, LabelSet(labels))
+        sizes = Sizes(words.size, task.num_outputs, task.num_rows)
+    model = make_model(config, Parts(), sizes).eval()
     initialise(model, 1)
     with torch.no_grad():
         for path, piece, parameter in logical_tensors(model):

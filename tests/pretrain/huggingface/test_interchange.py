@@ -18,7 +18,7 @@ from pretrain.huggingface import tensors
 from pretrain.huggingface.architecture import settings_of
 from pretrain.huggingface.export import export
 from pretrain.huggingface.importing import import_folder
-from pretrain.huggingface.vocabulary import write_tokenizer
+from pretrain.huggingface.vocabulary import Use, write_tokenizer
 from pretrain.loading import find_checkpoint, load_model
 from pretrain.models.make import make_model
 from pretrain.models.stack import Stack
@@ -169,7 +169,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path, tokenizer: Tokenizer, m
 def test_an_imported_folder_has_their_logits(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     theirs = make_theirs(name)
     theirs.save_pretrained(tmp_path / "theirs")
-    write_tokenizer(tmp_path / "theirs", tokenizer, LENGTH)
+    write_tokenizer(tmp_path / "theirs", tokenizer, Use(LENGTH))
     import_folder(tmp_path / "theirs", tmp_path / "run", say=quiet)
     loaded = load_model(tmp_path / "run")
     assert loaded.step == 0 and loaded.tokenizer.content == tokenizer.content
@@ -184,7 +184,7 @@ def test_a_folder_of_the_body_alone_is_read(tmp_path: Path, tokenizer: Tokenizer
     if name == "gpt2":
         body.h[0].attn.register_buffer("masked_bias", torch.tensor(-1e4))
     body.save_pretrained(tmp_path / "theirs")
-    write_tokenizer(tmp_path / "theirs", tokenizer, LENGTH)
+    write_tokenizer(tmp_path / "theirs", tokenizer, Use(LENGTH))
     import_folder(tmp_path / "theirs", tmp_path / "run", say=quiet)
     assert_same_logits(load_model(tmp_path / "run").model, theirs, 340)
 
@@ -202,7 +202,7 @@ def test_a_berts_body_comes_without_heads_and_goes_as_one(tmp_path: Path, tokeni
         for name, tensor in load_file(path).items()
     }
     save_file({**weights, "embeddings.position_ids": torch.arange(LENGTH)[None]}, path, {"format": "pt"})
-    write_tokenizer(tmp_path / "theirs", tokenizer, LENGTH)
+    write_tokenizer(tmp_path / "theirs", tokenizer, Use(LENGTH))
     config = import_folder(tmp_path / "theirs", tmp_path / "run", say=quiet)
     found = find_checkpoint(tmp_path / "run", 0)
     assert ("pooler.dense.weight" in weight_shapes(found)) is pooler
@@ -220,7 +220,7 @@ def test_a_berts_body_comes_without_heads_and_goes_as_one(tmp_path: Path, tokeni
 
 def test_a_half_precision_folder_is_read_to_the_same_numbers(tmp_path: Path, tokenizer: Tokenizer) -> None:
     make_theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
-    write_tokenizer(tmp_path / "theirs", tokenizer, LENGTH)
+    write_tokenizer(tmp_path / "theirs", tokenizer, Use(LENGTH))
     import_folder(tmp_path / "theirs", tmp_path / "run", say=quiet)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", torch_dtype=torch.float32)
     assert_same_logits(load_model(tmp_path / "run").model, theirs.eval(), 340)
@@ -229,7 +229,7 @@ def test_a_half_precision_folder_is_read_to_the_same_numbers(tmp_path: Path, tok
 def test_weights_of_an_imported_run_load_into_a_model_of_its_options(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """As fine-tuning does."""
     make_theirs("llama").save_pretrained(tmp_path / "theirs")
-    write_tokenizer(tmp_path / "theirs", tokenizer, LENGTH)
+    write_tokenizer(tmp_path / "theirs", tokenizer, Use(LENGTH))
     config = import_folder(tmp_path / "theirs", tmp_path / "run", say=quiet)
     model = make_model(config, Parts(), Sizes(340)).eval()
     load_weights(find_checkpoint(tmp_path / "run", 0), model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.errors import UserError
 from pretrain.huggingface.export import export
 from pretrain.huggingface.importing import import_folder
-from pretrain.huggingface.vocabulary import write_tokenizer
+from pretrain.huggingface.vocabulary import Use, write_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from tests.pretrain import running
 from tests.pretrain.huggingface.models import BERT, GPT2, LENGTH, LLAMA, NEOX, edit_config, make_theirs, write_run
@@ -98,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict
     home = tmp_path_factory.mktemp("theirs")
     for name in ("gpt2", "llama", "mistral", "neox", "bert"):
         make_theirs(name).save_pretrained(home / name)
-        write_tokenizer(home / name, tokenizer, LENGTH)
+        write_tokenizer(home / name, tokenizer, Use(LENGTH))
     return {path.name: path for path in home.iterdir()}
 
 
@@ -132,12 +132,16 @@ def refusal(folder: Path) -> str:
         ("neox", {"rotary_pct": 0.25}, "rotary_pct: 0.25 (it can be 1.0)"),
         ("llama", {"model_type": "mamba"}, "model_type is 'mamba'; those that can be imported are gpt2, llama"),
         ("llama", {"model_type": ["llama"]}, "model_type is ['llama']"),
-        ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, "of gpt2 GPT2LMHeadModel, GPT2Model can be read"),
+        ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "of gpt2 GPT2LMHeadModel, GPT2Model, GPT2ForSequence"),
         (
-            "bert",
-            {"architectures": ["BertForMaskedLM"]},
-            "holds bert.pooler.dense.bias, which this model has no place for",
+            "gpt2",
+            {"architectures": ["GPT2Model", "GPT2LMHeadModel"]},
+            "architectures is ['GPT2Model', 'GPT2LMHeadModel']",
         ),
+        ("gpt2", {"architectures": [["GPT2Model"]]}, "architectures is [['GPT2Model']]"),
+        ("bert", {"architectures": ["BertModel"]}, "holds cls.predictions.bias, which this model has no place for"),
+        ("bert", {"architectures": ["BertForTokenClassification"]}, "a tag can be O, B-type or I-type"),
+        ("bert", {"architectures": ["BertForQuestionAnswering"]}, "lacks the tensor qa_outputs.weight"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder: True (it can be False)"),
         ("gpt2", {"n_head": 5}, "model.hidden_size: 24 is not a multiple of num_heads 5"),

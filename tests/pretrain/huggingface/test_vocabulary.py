@@ -13,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import UserError
-from pretrain.huggingface.vocabulary import notes, read_tokenizer, write_tokenizer
+from pretrain.huggingface.export import export
+from pretrain.huggingface.importing import import_folder
+from pretrain.huggingface.vocabulary import Use, notes, read_tokenizer, write_tokenizer
+from pretrain.runs import run_config, run_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import load_tokenizer
 from pretrain.tokenization.pieces import Pieces
 from pretrain.tokenization.training import train_tokenizer
+from pretrain.vocabulary import vocabulary_of
 from tests.pretrain.data.corpus import ODD, stdlib_texts
+from tests.pretrain.huggingface.models import BERT, write_run
 from tests.pretrain.tokenization.samples import TEXTS, WRITERS, corpus
 
 any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\u2581"), max_size=80)
@@ -27,10 +32,13 @@ code_text = st.lists(st.sampled_from(["def", " ", "  ", "    ", "\n", "\t", "sel
 )
 
 
-def exchanged(tokenizer: Tokenizer, folder: Path) -> Any:
+LONG = Use(10**6)
+
+
+def exchanged(tokenizer: Tokenizer, folder: Path, use: Use = LONG) -> Any:
     """As AutoTokenizer has it."""
     folder.mkdir()
-    write_tokenizer(folder, tokenizer, 10**6)
+    write_tokenizer(folder, tokenizer, use)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -131,7 +139,7 @@ MADE: dict[str, tuple[Pieces, Any]] = {}
 )
 def test_a_model_without_an_equal_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        write_tokenizer(tmp_path, trained(**options), 10)
+        write_tokenizer(tmp_path, trained(**options), Use(10))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -152,3 +160,45 @@ def test_a_sentencepiece_model_comes_back_unless_its_description_was_changed(our
     described.write_text(described.read_text().replace('"<tool>"', '"<tuul>"'))
     changed = read_tokenizer(tmp_path / "out")
     assert changed.file == "tokenizer.json" and changed.vocab_size == ours.vocab_size
+
+
+# -- symbols that a BERT needs and its tokenizer lacks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece's", "GPT-2's"])
+def test_symbols_that_the_tokenizer_lacks_stand_behind_it(tmp_path: Path, kind: str) -> None:
+    """AutoTokenizer puts them around texts, as the model was trained; imported again they have the same ids."""
+    ours = trained() if kind == "SentencePiece's" else load_tokenizer(WRITERS["byte-level"](tmp_path / "made"))
+    write_run(tmp_path / "run", BERT, ours, "bert")
+    export(tmp_path / "run", tmp_path / "out", say=lambda _: None)
+    words = vocabulary_of(run_config(tmp_path / "run"), ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words.special["mask"] == ours.vocab_size and len(theirs) == words.size == ours.vocab_size + 3
+    assert all(getattr(theirs, f"{role}_token_id") == words.special[role] for role in ("mask", "cls", "sep"))
+    cls, sep, one, two = words.special["cls"], words.special["sep"], ours.encode("the fox"), ours.encode("a dog")
+    given = theirs("the fox", "a dog")
+    assert given["input_ids"] == [cls, *one, sep, *two, sep]
+    assert given["token_type_ids"] == [0] * (len(one) + 2) + [1] * (len(two) + 1)
+    import_folder(tmp_path / "out", tmp_path / "again", say=lambda _: None)
+    again = run_tokenizer(tmp_path / "again")
+    assert vocabulary_of(run_config(tmp_path / "again"), again) == words
+    assert again.encode("the fox") == one and again.file == ours.file
+    assert kind == "GPT-2's" or again.content == ours.content
+
+
+def test_symbols_that_would_have_no_name_are_refused(tmp_path: Path) -> None:
+    plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    ours = trained(user_defined_symbols=["<mask>", "[MASK]"], **plain)
+    write_run(tmp_path / "run", BERT, ours, "bert")
+    with pytest.raises(UserError, match="has no mask symbol, and its ids or pieces leave no place for one"):
+        export(tmp_path / "run", tmp_path / "out", say=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_level_tokenizer_keeps_its_offsets_within_a_frame(tmp_path: Path) -> None:
+    ours = load_tokenizer(WRITERS["byte-level"](tmp_path / "made"))
+    uses = {"bare": Use(10), "framed": Use(10, closing="eos", special=ours.special)}
+    theirs = [exchanged(ours, tmp_path / name, use) for name, use in uses.items()]
+    bare, framed = (tokenizer("the quick fox", return_offsets_mapping=True) for tokenizer in theirs)
+    assert framed["input_ids"] == [*bare["input_ids"], ours.eos]
+    assert framed["offset_mapping"][:-1] == bare["offset_mapping"]
