@@ -93,7 +93,7 @@ def test_inspect_tells_the_encoder(run: Path) -> None:
         (("objective.mask_share=0.95",), ("objective.mask_share: 0.95 and random_share 0.1",)),
         (("objective.span_limit=3",), ("objective.span_limit: has no effect with masking: token",)),
         (("objective.attention_across_documents=false",), ("would keep the segments of a pair apart",)),
-        (("monitor.sample_every=1 steps",), ("monitor.sample_every: a bert writes no text",)),
+        (("monitor.sample_every=1 steps",), ("monitor.sample_every: a model of masked writes no text",)),
         (("data.seq_length=4",), ("data.seq_length: 4 leaves no room",)),
         (("model.vocab_size=100",), ("model.vocab_size: 100 rows are too few",)),
     ],
