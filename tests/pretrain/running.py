@@ -272,7 +272,7 @@ def kill_in_manifest(count: int) -> None:
         (folder / "manifest.json").write_text('{"format": 1, "state": {"step": ')
         _die()
 
-    _on_call(saving, "_write_manifest", count, half)
+    _on_call(saving, "write_manifest", count, half)
 
 
 def kill_before_rename(count: int) -> None:

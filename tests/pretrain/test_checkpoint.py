@@ -288,7 +288,7 @@ def fail_on_rank(rank: int, what: str) -> None:
         running._on_call(storage if what == "_write_file" else saving, what, 2, fail)
 
 
-@pytest.mark.parametrize(("rank", "what"), [(1, "_write_file"), (0, "_write_manifest"), (0, "_put_in_place")])
+@pytest.mark.parametrize(("rank", "what"), [(1, "_write_file"), (0, "write_manifest"), (0, "_put_in_place")])
 def test_a_disk_that_fails_one_rank_ends_them_all_with_the_message(
     tmp_path: Path, tiny_data: Path, rank: int, what: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pretrain import comparison, runs, verify
+from pretrain.config.run import Config
 from pretrain.predict import load_task
 from pretrain.tasks.lines import Findings
 from pretrain.tasks.scoring import SCORERS
@@ -35,6 +36,7 @@ class Tuned:
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder, self.shards = folder, shards
         self.told: dict[str, str] = {}
+        self.traces: dict[str, tuple[Config, list[comparison.Trace]]] = {}
 
     def config(self, kind: str) -> Path:
         path = self.folder / kind / "config.yaml"
@@ -46,6 +48,16 @@ class Tuned:
             assert ran.code == 0, ran.told
             self.told[kind] = ran.out
         return self.folder / kind / "run"
+
+    def alone(self, kind: str) -> tuple[Config, list[comparison.Trace]]:
+        """The config that layouts are compared under, and one process's runs of it at two micro-batch sizes."""
+        if kind not in self.traces:
+            fields = [f"run.dir={self.folder / 'layouts'}", "optimizer.epsilon=1e-5", DECAY]
+            config = runs.open_config(str(self.config(kind)), fields, 1)
+            sizes = (config.batch.micro_size, 8)
+            made = [run_ranks(1, verify.trace, verify._alone(verify.with_micro(config, size)), 4)[0] for size in sizes]
+            self.traces[kind] = config, made
+        return self.traces[kind]
 
     def dev(self, kind: str) -> Path:
         return next((self.folder / kind).glob("dev.*"))
@@ -64,7 +76,7 @@ def test_a_task_is_learned_and_every_command_gives_the_same_score(kind: str, tun
     assert len(judged) == 5 and judged[-1]["validation_loss"] < judged[0]["validation_loss"]
     assert judged[-1][f"validation_{name}"] > judged[0][f"validation_{name}"]
     assert "from " in tuned.told[kind] and "examples/s" in tuned.told[kind]
-    assert "(without learning: " in tuned.told[kind] and "80 steps are few" in tuned.told[kind]
+    assert "(without learning: " in tuned.told[kind] and "steps are few" in tuned.told[kind]
     for size in ("1", "7", "64"):
         ran = running.command("evaluate", run, "--data", tuned.dev(kind), "--batch-size", size)
         assert ran.code == 0, ran.told
@@ -105,13 +117,9 @@ LAYOUTS = ("tp=2,sp", "cp=2", "pp=2,zero=1", "dp=2,zero=2")
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layout_trains_the_same(kind: str, layout: str, tuned: Tuned, tmp_path: Path) -> None:
-    config = runs.open_config(
-        str(tuned.config(kind)), [f"run.dir={tmp_path / 'run'}", "optimizer.epsilon=1e-5", DECAY], 1
-    )
+def test_every_layout_trains_the_same(kind: str, layout: str, tuned: Tuned) -> None:
+    config, (one, other) = tuned.alone(kind)
     case = verify.case_of(config, layout)
-    one = run_ranks(1, verify.trace, verify._alone(config), 4)[0]
-    other = run_ranks(1, verify.trace, verify._alone(verify.with_micro(config, 8)), 4)[0]
     found = run_ranks(case.processes, verify.trace, case.config, 4)[0]
     compared = comparison.compare(layout, case.processes, one, found, comparison.spread(one, [other]))
     assert compared.same, f"step {compared.step}: {compared.what} {compared.parameters}"

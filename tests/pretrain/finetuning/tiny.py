@@ -118,8 +118,9 @@ class Writers:
         return json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]})
 
 
-def write_config(folder: Path, kind: str, initial: Path, train: int = 160, dev: int = 21) -> Path:
-    """The task's config and files in a folder."""
+def write_config(folder: Path, kind: str, initial: Path, train: int | None = None, dev: int = 21) -> Path:
+    """The task's config and files in a folder; passages give several windows each, so fewer of them."""
+    train = train or (48 if kind == "question-answering" else 160)
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("dev", dev)):
         write(folder, kind, part, count)
