@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from pretrain.config.objective import ObjectiveConfig
+from pretrain.finetuning import stdlib
 from pretrain.finetuning.examples import GROUP, POOL, Examples, ExampleStream, GroupedOrder, planes
 from pretrain.finetuning.judging import predicted
 from pretrain.finetuning.opening import class_weights
 from pretrain.finetuning.sequences import Format
 from pretrain.finetuning.tasks import KINDS, Sample, Task
 from pretrain.tasks.alignment import IGNORED
+from pretrain.tasks.labelled import read_classified
 from pretrain.tasks.lines import Findings
 from pretrain.tokenization.training import train_tokenizer
 from pretrain.vocabulary import Vocabulary
@@ -181,3 +183,13 @@ def test_texts_that_are_cut_and_tokens_without_pieces_are_counted(tmp_path: Path
     task = KINDS["classification"](config, form(), KINDS["classification"].labels_of(config, path, items, findings))
     Examples.read(task, path, items, findings)
     assert findings.counts == {"a text longer than the model's sequence, cut": 4}
+
+
+def test_every_machine_can_make_a_labelled_set(tmp_path: Path) -> None:
+    train, dev = stdlib.write(tmp_path)
+    read = {part: list(read_classified(tmp_path / f"{part}.tsv")) for part in ("train", "dev")}
+    assert (len(read["train"]), len(read["dev"])) == (train, dev) and train > 1000 and dev > 250
+    texts = {part: {item.texts for item in items} for part, items in read.items()}
+    assert not texts["train"] & texts["dev"]
+    labels = [{item.label for item in items} for items in read.values()]
+    assert labels[0] == labels[1] and len(labels[0]) >= 6
