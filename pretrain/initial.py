@@ -20,9 +20,11 @@ from pretrain import checkpoint
 from pretrain.checkpoint import read_box, weight_shapes
 from pretrain.config.run import Config
 from pretrain.errors import UserError
+from pretrain.finetuning.opening import run_labels
 from pretrain.inherit import is_foreign
 from pretrain.loading import find_checkpoint
 from pretrain.runs import IMPORTED, run_config
+from pretrain.tasks.labels import LabelSet
 
 HEADS = ("task_head.", "pooler.", "transform.", "pair_head.", "head.")
 
@@ -34,8 +36,9 @@ class Start(NamedTuple):
     told: str
 
 
-def start_of(config: Config, grid: Grid) -> Start:
-    """Where the weights begin. Collective; raises UserError on every rank where the initial model lacks some."""
+def start_of(config: Config, grid: Grid, labels: LabelSet | None = None) -> Start:
+    """Where the weights begin. labels: of the task that is to be learned. Collective; raises UserError on every rank where
+    the initial model lacks some."""
     seed = config.run.seed
     if config.model.initial is None or config.model.reset == "all":
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
@@ -43,8 +46,8 @@ def start_of(config: Config, grid: Grid) -> Start:
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     run = _run(Path(config.model.initial), Path(config.run.dir), grid)
     found, reset = find_checkpoint(run, None), _first_reset(config)
-    # The head of another task is none for this one, whatever its shape.
-    left = () if run_config(run).objective.kind == config.objective.kind else ("task_head.",)
+    # The head of another task, or for other labels, is none for this one, whatever its shape.
+    left = () if _same_task(run, config, labels) else ("task_head.",)
     shapes = {name: shape for name, shape in weight_shapes(found).items() if not name.startswith(left)}
 
     def values(path: str, parameter: nn.Parameter) -> Tensor:
@@ -60,6 +63,10 @@ def start_of(config: Config, grid: Grid) -> Start:
         return made
 
     return Start(values, f"from {config.model.initial}, step {found.state.step}")
+
+
+def _same_task(run: Path, config: Config, labels: LabelSet | None) -> bool:
+    return labels is not None and run_config(run).objective.kind == config.objective.kind and run_labels(run) == labels
 
 
 def _first_reset(config: Config) -> int:

@@ -98,7 +98,7 @@ class Run:
         self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
         self.objective = self._objective()
-        self.start = start_of(config, grid)
+        self.start = start_of(config, grid, None if sources.task is None else sources.task.labels)
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)

@@ -23,7 +23,7 @@ MEASURED = running.MEASURED
 
 
 def train(folder: Path, shards: Path, *more: str, **options: Any) -> running.Ran:
-    return running.train(folder, shards, *BERT, *more, **options)
+    return running.train(folder, shards, *BERT, "monitor.validation_samples=null", *more, **options)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -54,7 +54,9 @@ def test_metrics_hold_each_term_and_its_accuracy(run: Path) -> None:
 def test_killed_and_started_again_it_is_the_same_run(run: Path, tmp_path: Path, tiny_data: Path) -> None:
     tmp_path.mkdir(exist_ok=True)
     death = Death("killed", Spot("optimizer step", count=8), rank=0, number=signal.SIGKILL)
-    running.train_killed(tmp_path, tiny_data, *BERT, fault=partial(arm, tmp_path, death))
+    running.train_killed(
+        tmp_path, tiny_data, *BERT, "monitor.validation_samples=null", fault=partial(arm, tmp_path, death)
+    )
     assert running.steps_of(tmp_path / "run")[-1] < 8
     assert train(tmp_path, tiny_data).code == 0
     assert lines(tmp_path / "run") == lines(run)
@@ -62,15 +64,13 @@ def test_killed_and_started_again_it_is_the_same_run(run: Path, tmp_path: Path, 
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_evaluate_gives_what_validation_gave(run: Path, tmp_path: Path, tiny_data: Path) -> None:
+def test_evaluate_gives_what_validation_gave(run: Path, tiny_data: Path) -> None:
     """Of all held-out sequences; in evaluation the last one, which validation leaves out, is filled up."""
     ran = running.command("evaluate", run, "--data", tiny_data / "validation", "--batch-size", "7")
     assert ran.code == 0, ran.told
     found = json.loads(ran.out)
     assert found["step"] == 12 and found["loss"] == pytest.approx(found["masked_loss"] + found["pairs_loss"])
-    everything = train(tmp_path, tiny_data, "monitor.validation_samples=null", "model.dropout=0.1")
-    last = [line for line in lines(tmp_path / "run") if "validation_loss" in line][-1]
-    assert everything.code == 0
+    last = [line for line in lines(run) if "validation_loss" in line][-1]
     assert found["masked_loss"] == pytest.approx(last["validation_masked_loss"], rel=0.01)
     assert found["masked_accuracy"] == pytest.approx(last["validation_masked_accuracy"], abs=0.02)
     other = json.loads(running.command("evaluate", run, "--data", tiny_data / "validation", "--batch-size", "64").out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain import comparison, runs, verify
 from pretrain.config.run import Config
@@ -77,7 +78,7 @@ def test_a_task_is_learned_and_every_command_gives_the_same_score(kind: str, tun
     assert judged[-1][f"validation_{name}"] > judged[0][f"validation_{name}"]
     assert "from " in tuned.told[kind] and "examples/s" in tuned.told[kind]
     assert "(without learning: " in tuned.told[kind] and "steps are few" in tuned.told[kind]
-    for size in ("1", "7", "64"):
+    for size in ("5", "64"):
         ran = running.command("evaluate", run, "--data", tuned.dev(kind), "--batch-size", size)
         assert ran.code == 0, ran.told
         found = json.loads(ran.out)
@@ -99,7 +100,7 @@ def task_of(run: Path) -> Any:
     return load_task(run, None)[1]
 
 
-@pytest.mark.parametrize("kind", ["classification", "question-answering"])
+@pytest.mark.parametrize("kind", ["classification"])
 def test_killed_and_started_again_it_is_the_same_run(kind: str, tuned: Tuned, tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path, kind, tiny.bert(tuned.shards))
     whole, count = tuned.run(kind), running.steps_of(tuned.run(kind))[-1]
@@ -217,6 +218,34 @@ def test_lower_layers_learn_more_slowly_by_the_decay(tuned: Tuned, tmp_path: Pat
         "positions": 0.7**3,
     }.items():
         assert moved(name) == pytest.approx(1e-3 * rate, rel=0.02), name
+
+
+def test_the_head_goes_on_for_the_same_labels_alone(tuned: Tuned, tmp_path: Path) -> None:
+    """Of as many others, or in another order, it would answer with the wrong names."""
+    initial = tuned.run("classification")
+    head = running.tensors_of(initial, running.steps_of(initial)[-1])
+    wanted = next(value for name, value in head.items() if name.endswith(":task_head.weight"))
+
+    def head_of(name: str, *overrides: str, swap: bool = False) -> torch.Tensor:
+        config = tiny.write_config(tmp_path / name, "classification", initial)
+        if swap:
+            for part in ("train", "dev"):
+                path = tmp_path / name / f"{part}.tsv"
+                path.write_text(path.read_text().replace("maybe\t", "perhaps\t"))
+        still = (
+            "schedule.total=1 steps",
+            "schedule.warmup=0 steps",
+            "optimizer.learning_rate=1e-30",
+            "optimizer.weight_decay=0",
+        )
+        ran = running.command("train", config, *still, *overrides)
+        assert ran.code == 0, ran.told
+        made = running.tensors_of(tmp_path / name / "run", 1)
+        return next(value for name, value in made.items() if name.endswith(":task_head.weight"))
+
+    assert torch.equal(head_of("same"), wanted)
+    assert not torch.equal(head_of("order", "objective.labels=[yes, no, maybe]"), wanted)
+    assert not torch.equal(head_of("names", swap=True), wanted)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_classes_of_pairs(tmp_path: Path, uncased: Tokenizer, tokenizer: Tokeniz
     given = theirs(*map(list, zip(*TEXTS, strict=True)), padding=True, truncation=True, return_tensors="pt")
     assert theirs.model_max_length == 128 and ("token_type_ids" in given) == (body == "bert")
     chances = model(**given).logits.softmax(dim=1)
-    assert len({line["label"] for line in lines}) > 1
+    assert len({json.dumps(line["scores"]) for line in lines}) == len(lines), "what is random differs from text to text"
     for line, row in zip(lines, chances, strict=True):
         assert line["label"] == model.config.id2label[int(row.argmax())]
         expected = {name: row[number].item() for number, name in model.config.id2label.items()}
@@ -107,4 +107,4 @@ def test_answers_to_questions(tmp_path: Path, uncased: Tokenizer) -> None:
         start, end = spans[max(range(len(spans)), key=scores.__getitem__)]
         assert line["answer"] == PASSAGE[offsets[start][0] : offsets[end][1]]
         assert line["score"] == pytest.approx(max(scores), abs=1e-4)
-    assert len({line["answer"] for line in lines}) > 1
+    assert len({line["score"] for line in lines}) == len(lines)
