@@ -341,6 +341,27 @@ def _use_options(add: object) -> None:
     predict.add_argument("--out", required=True, metavar="FILE", help="new file for the predictions")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
     predict.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    _generate_options(add)
+    inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
+    inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
+    inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
+    inspect.add_argument(
+        "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
+    )
+    inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
+    board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
+    board.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, side by side")
+    board.add_argument("--port", type=int, default=6006, metavar="N", help="where it listens (default: 6006)")
+    board.add_argument(
+        "--host",
+        default="localhost",
+        metavar="NAME",
+        help="who may connect: 0.0.0.0 for all (default: localhost, this machine)",
+    )
+
+
+def _generate_options(add: object) -> None:
+    assert callable(add)
     generate = add(
         "generate", _generate, "Text by a trained model.", 'generate runs/demo --prompt "def main" --temperature 0.8'
     )
@@ -363,22 +384,6 @@ def _use_options(add: object) -> None:
     generate.add_argument("--seed", type=int, default=1, metavar="N", help="of the drawing (default: 1)")
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts (default: 1)")
     generate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
-    inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
-    inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
-    inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
-    inspect.add_argument(
-        "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
-    )
-    inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
-    board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
-    board.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, side by side")
-    board.add_argument("--port", type=int, default=6006, metavar="N", help="where it listens (default: 6006)")
-    board.add_argument(
-        "--host",
-        default="localhost",
-        metavar="NAME",
-        help="who may connect: 0.0.0.0 for all (default: localhost, this machine)",
-    )
 
 
 def _interchange_options(add: object) -> None:
