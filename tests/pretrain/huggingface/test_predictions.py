@@ -86,7 +86,7 @@ def test_tags_of_words(tmp_path: Path, uncased: Tokenizer) -> None:
         before = ["O", *tags[:-1]]  # I- that continues nothing begins an entity
         pairs = zip(before, tags, strict=True)
         assert line["tags"] == [f"B-{tag[2:]}" if tag[0] == "I" and last[2:] != tag[2:] else tag for last, tag in pairs]
-    assert len({tag for line in lines for tag in line["tags"]}) > 2
+    assert len({tag for line in lines for tag in line["tags"]}) > 1
 
 
 @torch.inference_mode()

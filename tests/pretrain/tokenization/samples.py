@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ TEXTS = [
     + " ".join(WORDS[(n * k) % 17] for k in range(20))
     for n in range(120)
 ]
+WORDPIECES = 250  # words, and as many ends of words
 any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=200)
 
 
@@ -31,11 +33,23 @@ def corpus() -> list[str]:
 
 
 def write_wordpiece(folder: Path, lower: bool, config: bool = True) -> Path:
-    """A folder with BERT's vocab.txt, trained by the library."""
-    trained = BertWordPieceTokenizer(lowercase=lower)
-    trained.train_from_iterator(corpus(), vocab_size=900, show_progress=False)
+    """A folder with BERT's vocab.txt: characters, the most frequent words and ends of words.
+
+    Counted here, because the library's trainer breaks ties by the order of a hash table, another at every call.
+    """
+    basic = BertWordPieceTokenizer(lowercase=lower)
+    normalize, split = basic.normalizer.normalize_str, basic.pre_tokenizer.pre_tokenize_str
+    counted = Counter(word for line in corpus() for word, _ in split(normalize(line)))
+    ends: Counter[str] = Counter()
+    for word, count in counted.items():
+        ends.update({f"##{word[-length:]}": count for length in (2, 3, 4) if length < len(word)})
+    characters = sorted({character for word in counted for character in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{each}" for each in characters)]
+    for found in (counted, ends):
+        longer = [each for each in found if len(each.removeprefix("##")) > 1]
+        pieces += sorted(longer, key=lambda each: (-found[each], each))[:WORDPIECES]
     folder.mkdir()
-    trained.save_model(str(folder))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     return folder
