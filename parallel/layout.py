@@ -142,7 +142,7 @@ class Shapes(NamedTuple):
     num_heads: int
     kv_heads: int
     feed_forward_size: int
-    seq_length: int
+    lengths: tuple[tuple[str, int], ...]  # of the sequences that a sample is, each with its name
     batch_sizes: tuple[int, ...]  # sequences a step: the full size and, with a ramp, each size on the way
     micro_size: int
 
@@ -181,7 +181,7 @@ def _tensor(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
         "model.ffn_hidden_size": shapes.feed_forward_size,
     }
     if parallel.sequence:
-        extents["data.seq_length"] = shapes.seq_length
+        extents |= dict(shapes.lengths)
     for path, extent in extents.items():
         if extent % degree:
             yield Problem(
@@ -204,15 +204,16 @@ def _context(parallel: ParallelConfig, shapes: Shapes) -> Iterator[Problem]:
     cut = tensor if parallel.sequence else 1
     # What does not divide over the tensor ranks is told there; here nothing follows from it.
     heads = 0 if shapes.num_heads % tensor else shapes.num_heads // tensor
-    length = 0 if shapes.seq_length % cut else shapes.seq_length // cut
-    works = [d for d in range(1, 2 * degree) if heads % d == 0 and length % d == 0]
+    lengths = {name: 0 if length % cut else length // cut for name, length in shapes.lengths}
+    works = [d for d in range(1, 2 * degree) if not any(extent % d for extent in (heads, *lengths.values()))]
     mend = f"the nearest that works: {_nearest(works, degree)}"
     if heads % degree:
         whose = f"the {heads} heads of a tensor rank" if tensor > 1 else f"model.num_heads {heads}"
         yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
-    if length % degree:
-        whose = f"a tensor rank's {length} of data.seq_length" if cut > 1 else f"data.seq_length {length}"
-        yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
+    for name, length in lengths.items():
+        if length % degree:
+            whose = f"a tensor rank's {length} of {name}" if cut > 1 else f"{name} {length}"
+            yield Problem("parallel.context", f"{degree} does not divide {whose}", mend)
 
 
 def _fits(extents: dict[str, int], wished: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class Stage(nn.Module):
 
     config: Any = None
     model_type: Any = None
+    decoder: Any = SimpleNamespace(
+        layers=()
+    )  # its schedules number the layers of one; a model's own has none of theirs
 
     def __init__(self, module: nn.Module, cut: Cut, compile: bool = False) -> None:
         super().__init__()

@@ -85,10 +85,12 @@ def build_stages(
 def learning_rate_of(path: str, config: Config) -> float:
     """Of a parameter, as a share of the learning rate: 1 for what is above the blocks, layer_decay for the last block and
     its powers downwards, the embeddings at the bottom (Howard and Ruder 2018, section 3.2; Clark et al. 2020, "ELECTRA")."""
-    decay, parts, depth = config.optimizer.layer_decay, path.split("."), config.model.num_layers
-    if parts[0] == "blocks":
-        return decay ** (depth - int(parts[1]))  # type: ignore[no-any-return]
-    return decay ** (depth + 1) if parts[0] in ("embedding", "positions", "segments", "embedding_norm") else 1.0  # type: ignore[no-any-return]
+    decay, names, model = config.optimizer.layer_decay, path.split("."), config.model
+    if "blocks" in names:
+        below = model.num_layers if names[0] == "decoder" else 0
+        return decay ** (model.total_layers - below - int(names[names.index("blocks") + 1]))  # type: ignore[no-any-return]
+    begins = any(name in ("embedding", "positions", "segments", "embedding_norm") for name in names)
+    return decay ** (model.total_layers + 1) if begins else 1.0  # type: ignore[no-any-return]
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[int]:
@@ -97,7 +99,7 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     if parallel.layers is not None:
         return parallel.layers
     head = 0.0 if config.objective.is_task else vocab_size * model.hidden_size / layer_parameters(model)
-    return layers_of_parts(model.num_layers, parallel.pipeline * parallel.virtual, head)
+    return layers_of_parts(model.total_layers, parallel.pipeline * parallel.virtual, head)
 
 
 def choose_kernels(config: Config, grid: Grid, dtype: torch.dtype) -> dict[str, tuple[Backend, str]]:

@@ -58,11 +58,18 @@ PEAKS = {
 }
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int, predicted: float = 1.0) -> float:
-    """What one token of training needs, forward and backward. predicted: share of the places that meet the head."""
-    head = model.hidden_size * (vocab_size if model.causal else vocab_size + model.hidden_size)
-    forward = 2 * (_block_weights(model) * model.num_layers + head * predicted)
-    return FORWARD_AND_BACKWARD * (forward + _scores(model, seq_length))
+def flops_per_token(
+    model: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    predicted: float = 1.0,
+    lengths: tuple[int, int] | None = None,
+) -> float:
+    """What one token of training needs, forward and backward. predicted: share of the places that meet the head; lengths:
+    of an encoder-decoder's source and target, of a sample of `seq_length` tokens."""
+    head = model.hidden_size * (vocab_size + (model.hidden_size if model.kind == "bert" else 0))
+    forward = 2 * (_products(model, seq_length, lengths) + head * predicted)
+    return FORWARD_AND_BACKWARD * (forward + _scores(model, seq_length, lengths))
 
 
 def hardware_flops_per_token(
@@ -71,6 +78,7 @@ def hardware_flops_per_token(
     seq_length: int,
     recompute: Literal["none", "selective", "full"],
     predicted: float = 1.0,
+    lengths: tuple[int, int] | None = None,
 ) -> float:
     """The same with what recomputation makes again (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
     Transformer Models", section 5 and appendix A): `full` each block's forward pass, `selective` attention's products.
@@ -79,10 +87,10 @@ def hardware_flops_per_token(
     product, or attention's where the two are no single operator."""
     again = 0.0
     if recompute != "none":
-        again += _scores(model, seq_length)
+        again += _scores(model, seq_length, lengths)
     if recompute == "full":
-        again += 2 * _block_weights(model) * model.num_layers
-    return flops_per_token(model, vocab_size, seq_length, predicted) + again
+        again += 2 * _products(model, seq_length, lengths)
+    return flops_per_token(model, vocab_size, seq_length, predicted, lengths) + again
 
 
 def visible_pairs(length: int, window: int | None, causal: bool = True) -> int:
@@ -94,18 +102,31 @@ def visible_pairs(length: int, window: int | None, causal: bool = True) -> int:
     return shown * (shown + 1) // 2 + (length - shown) * shown  # the first see fewer than the window
 
 
-def _block_weights(model: ModelConfig) -> int:
-    """Weights of one block that multiply every token."""
-    hidden, inner = model.hidden_size, model.feed_forward_size
-    q, kv = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
-    matrices = 3 if model.activation in GATED else 2
-    return hidden * (q + 2 * kv) + q * hidden + matrices * hidden * inner
+def _products(model: ModelConfig, seq_length: int, lengths: tuple[int, int] | None) -> float:
+    """Products with the blocks' weights a token, forward, in multiplications."""
+    matrices = (3 if model.activation in GATED else 2) * model.hidden_size * model.feed_forward_size
+    queries = 2 * model.hidden_size * model.num_heads * model.size_of_head  # and the output's
+    keys = 2 * model.hidden_size * model.kv_heads * model.size_of_head  # and values
+    block = queries + keys + matrices
+    if lengths is None:
+        return model.num_layers * block
+    source, target = lengths
+    decoder = target * (block + queries) + source * keys  # which it makes of the encoder's states
+    return (model.num_layers * source * block + model.layers_of_decoder * decoder) / seq_length
 
 
-def _scores(model: ModelConfig, seq_length: int) -> float:
+def _scores(model: ModelConfig, seq_length: int, lengths: tuple[int, int] | None) -> float:
     """FLOPs of attention's two products a token, forward: 2 x heads x head size each, for every visible key."""
-    pairs = sum(visible_pairs(seq_length, model.window(layer), model.causal) for layer in range(model.num_layers))
-    return 4 * model.num_heads * model.size_of_head * pairs / seq_length
+
+    def pairs(layers: int, length: int, causal: bool) -> int:
+        return sum(visible_pairs(length, model.window(layer), causal) for layer in range(layers))
+
+    if lengths is None:
+        seen = pairs(model.num_layers, seq_length, model.causal)
+    else:
+        (source, target), decoder = lengths, model.layers_of_decoder
+        seen = pairs(model.num_layers, source, False) + pairs(decoder, target, True) + decoder * source * target
+    return 4 * model.num_heads * model.size_of_head * seen / seq_length
 
 
 def peak_flops(device: torch.device, compute: str, given_tflops: float | None) -> float | None:

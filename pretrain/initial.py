@@ -45,7 +45,7 @@ def start_of(config: Config, grid: Grid, labels: LabelSet | None = None) -> Star
     if checkpoint.list_steps(Path(config.run.dir)):  # which is gone on from
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     run = _run(Path(config.model.initial), Path(config.run.dir), grid)
-    found, reset = find_checkpoint(run, None), _first_reset(config)
+    found, reset = find_checkpoint(run, None), (_first_reset(config), config.model.num_layers)
     # The head of another task, or for other labels, is none for this one, whatever its shape.
     left = () if _same_task(run, config, labels) else ("task_head.",)
     shapes = {name: shape for name, shape in weight_shapes(found).items() if not name.startswith(left)}
@@ -54,11 +54,11 @@ def start_of(config: Config, grid: Grid, labels: LabelSet | None = None) -> Star
         made = initial_values(path, parameter, seed)
         for piece in parameter.pieces:  # type: ignore[attr-defined]
             name = canonical(path, piece)
-            if name in shapes and not _is_reset(name, reset):
+            if name in shapes and not _is_reset(name, *reset):
                 if shapes[name] != piece.shape:
                     raise UserError(f"{found.folder}: {name} is {shapes[name]}, this model's {piece.shape}")
                 view(made, piece).copy_(read_box(found, name, piece.offset, piece.size))
-            elif not name.startswith(HEADS) and not _is_reset(name, reset):
+            elif not name.startswith(HEADS) and not _is_reset(name, *reset):
                 raise UserError(f"{found.folder}: lacks {name}, which this model needs")
         return made
 
@@ -70,14 +70,17 @@ def _same_task(run: Path, config: Config, labels: LabelSet | None) -> bool:
 
 
 def _first_reset(config: Config) -> int:
-    """The first layer that begins at random."""
+    """The first layer that begins at random, counted through the model: a decoder's are behind its encoder's."""
     assert config.model.reset != "all"
-    return config.model.num_layers - config.model.reset
+    return config.model.total_layers - config.model.reset
 
 
-def _is_reset(name: str, first: int) -> bool:
+def _is_reset(name: str, first: int, below: int) -> bool:
+    """below: layers of the encoder under a decoder."""
     parts = name.split(".")
-    return parts[0] == "blocks" and int(parts[1]) >= first
+    if "blocks" not in parts:
+        return False
+    return int(parts[parts.index("blocks") + 1]) + (below if parts[0] == "decoder" else 0) >= first
 
 
 def _run(initial: Path, run: Path, grid: Grid) -> Path:

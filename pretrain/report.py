@@ -137,9 +137,11 @@ class Reporter(Silent):
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
         shape = config.model, facts.vocab_size, config.data.seq_length
         predicted = config.objective.predicted(config.data.seq_length) / config.data.seq_length
+        pairs = config.model.kind == "encoder-decoder"
+        lengths = config.objective.lengths(config.data.seq_length) if pairs else None
         self.flops = {
-            "mfu": flops_per_token(*shape, predicted),
-            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted),
+            "mfu": flops_per_token(*shape, predicted, lengths),
+            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
         }
         self.peak = peak * grid.world if peak else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.config.model import body_parameters, parameter_count, pooler_parameters
+from pretrain.config.model import body_parameters, pair_parameters, parameter_count, pooler_parameters
 from pretrain.config.run import Config
 
 
@@ -19,6 +19,8 @@ class Sizes(NamedTuple):
 def parameters_of(config: Config, shape: Sizes) -> int:
     """Weights of the model, the vocabulary without padding."""
     model, objective, length = config.model, config.objective, config.data.seq_length
+    if model.kind == "encoder-decoder":
+        return pair_parameters(model, shape.vocab_size, objective.lengths(length))
     if not objective.is_task:
         return parameter_count(model, shape.vocab_size, length, objective.pairs != "none")
     of_sequence = objective.kind not in ("tagging", "question-answering")

@@ -13,7 +13,7 @@ from parallel.grid import Grid
 from parallel.schedules import Schedule
 from pretrain.config.run import Config
 from pretrain.data.stream import Stream
-from pretrain.objectives.batch import Batch, MaskedBatch
+from pretrain.objectives.batch import TextBatch
 from pretrain.objectives.choice import TextObjective
 
 
@@ -53,7 +53,7 @@ class Validation:
         total, count = self.grid.total(torch.cat(ours)).split([len(sums), len(counts)])
         return result_of(self.objective, total.tolist(), count.tolist(), self.stream)
 
-    def _groups(self) -> Iterator[list[Batch | MaskedBatch]]:
+    def _groups(self) -> Iterator[list[TextBatch]]:
         """This rank's micro-batches, in groups as a pipeline takes them."""
         micro, ranks, stages = self.config.batch.micro_size, self.grid.data_size, self.grid.layout.pipeline
         rounds = -(-self.samples // (micro * ranks * stages)) * stages
@@ -61,7 +61,7 @@ class Validation:
         for first in range(0, rounds, stages):
             yield [self._batch(start, micro) for start in starts[first : first + stages]]
 
-    def _batch(self, start: int, size: int) -> Batch | MaskedBatch:
+    def _batch(self, start: int, size: int) -> TextBatch:
         """Samples start : start + size, those past the end repeated from the first but masked."""
         numbers = np.arange(start, start + size)
         past = numbers >= self.samples
@@ -71,14 +71,19 @@ class Validation:
 
 
 def result_of(objective: TextObjective, sums: list[float], counts: list[float], stream: Stream | None) -> Result:
-    """sums: of the terms' losses, then of how many of each are right; counts: the terms' targets; stream: whose every token
-    is a target."""
+    """sums: of the terms' losses, then of how many of each are right; counts: the terms' targets; stream: whose text the
+    targets are of, for bits per byte."""
     means = [one / max(count, 1.0) for one, count in zip(sums, [*counts, *counts], strict=False)]
     terms, loss = objective.terms, sum(means[: len(objective.terms)])
-    if objective.num_sums == 1 and stream is not None:
+    bits = None
+    if objective.predicts_text and stream is not None:
         manifest = stream.manifests[0]
-        tokens_per_byte = manifest.tokens / max(manifest.text_bytes, 1)
-        return Result(loss, loss / math.log(2) * tokens_per_byte, int(counts[0]), {})
-    scores = {f"{name}_accuracy": mean for name, mean in zip(terms, means[len(terms) :], strict=True)}
-    losses = {f"{name}_loss": mean for name, mean in zip(terms, means, strict=False)} if len(terms) > 1 else {}
-    return Result(loss, None, int(counts[0]), {**losses, **scores})
+        bits = loss / math.log(2) * manifest.tokens / max(manifest.text_bytes, 1)
+    scores = {f"{name}_loss": mean for name, mean in zip(terms, means, strict=False)} if len(terms) > 1 else {}
+    scores |= {accuracy_of(name): mean for name, mean in zip(terms, means[len(terms) :], strict=False)}
+    return Result(loss, bits, int(counts[0]), scores)
+
+
+def accuracy_of(term: str) -> str:
+    """The name of a term's accuracy."""
+    return "accuracy" if term == "loss" else f"{term}_accuracy"

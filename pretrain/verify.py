@@ -14,6 +14,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,9 +189,11 @@ def tiny(config: Config) -> Config:
     heads = max(4, ratio)
     windows = model.attention_window
     small = [None if w is None else min(w, 8) for w in (windows if isinstance(windows, list) else [windows])]
+    pairs = model.kind == "encoder-decoder"
     shape = model.model_copy(
         update={
-            "num_layers": 4,
+            "num_layers": 2 if pairs else 4,
+            "decoder_layers": 2 if pairs else None,
             "hidden_size": 8 * heads,
             "num_heads": heads,
             "num_kv_heads": heads // ratio,
@@ -204,10 +207,18 @@ def tiny(config: Config) -> Config:
     return config.model_copy(
         update={
             "model": shape,
-            "data": config.data.model_copy(update={"seq_length": 32}),
+            "data": config.data.model_copy(update={"seq_length": _short(config)}),
+            "objective": config.objective.model_copy(update={"source_length": None}),
             "batch": config.batch.model_copy(update={"size": 8, "micro_size": 2, "ramp": None}),
         }
     )
+
+
+def _short(config: Config) -> int:
+    """A sequence length from 32 on whose source and target, if it has such, can be cut as 32 can."""
+    if config.model.kind != "encoder-decoder" or config.objective.kind == "sequence-to-sequence":
+        return 32
+    return next(length for length in count(32) if not any(part % 8 for part in config.objective.lengths(length)))
 
 
 # -- telling -------------------------------------------------------------------------------------------------------

@@ -53,7 +53,13 @@ MODELS = {
     "untied": "model.positions=alibi model.norm=rms model.activation=geglu model.tie_embeddings=false",
     "bert": "model.kind=bert model.norm_position=post objective.kind=masked objective.loss_across_documents=true "
     "objective.pairs=next",
-    "2017": "model.positions=sinusoidal model.norm_position=post model.activation=relu model.attention_window=[null,8]",
+    "2017": "model.kind=encoder-decoder model.num_layers=2 model.decoder_layers=3 model.positions=sinusoidal "
+    "model.norm_position=post model.activation=relu model.attention_window=[null,8] model.scale_embeddings=true "
+    "objective.kind=prefix objective.loss_across_documents=true objective.label_smoothing=0.1",
+    "t5": "model.kind=encoder-decoder model.num_layers=2 model.decoder_layers=3 model.positions=rope model.norm=rms "
+    "model.activation=swiglu model.biases=false model.num_kv_heads=2 model.tie_embeddings=false "
+    "objective.kind=span-corruption objective.loss_across_documents=true objective.attention_across_documents=false "
+    "objective.noise_rate=0.375 objective.noise_span=4.0",
 }
 AXES: dict[str, tuple[str, ...]] = {
     "tensor": ("", "tp=2", "tp=4", "tp=2,sp", "tp=4,sp"),

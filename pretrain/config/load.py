@@ -79,11 +79,11 @@ def shapes_of(config: Config) -> Shapes:
     model, batch = config.model, config.batch
     ramp = range(batch.ramp.start, batch.size, batch.ramp.increment) if batch.ramp else ()
     return Shapes(
-        model.num_layers,
+        model.total_layers,
         model.num_heads,
         model.kv_heads,
         model.feed_forward_size,
-        config.data.seq_length,
+        tuple(config.lengths),
         (batch.size, *ramp),
         batch.micro_size,
     )

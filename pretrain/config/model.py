@@ -34,14 +34,17 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Shape of the Transformer."""
 
-    kind: Literal["gpt", "bert"] = meaning("gpt", "gpt (a causal decoder) or bert (a bidirectional encoder)")
+    kind: Literal["gpt", "bert", "encoder-decoder"] = meaning(
+        "gpt", "gpt (a causal decoder), bert (a bidirectional encoder) or encoder-decoder (both, 2017)"
+    )
     initial: str | None = meaning(
         None, "a run, or a folder of Hugging Face's, whose shape, weights and tokenizer to start from; null: none"
     )
     reset: int | Literal["all"] = meaning(
         0, "with initial: layers from the top that begin at random weights all the same; all: every weight does"
     )
-    num_layers: int = meaning(6, "Transformer blocks", ge=1)
+    num_layers: int = meaning(6, "Transformer blocks; of an encoder-decoder the encoder's", ge=1)
+    decoder_layers: int | None = meaning(None, "encoder-decoder: the decoder's blocks; null: num_layers", ge=1)
     hidden_size: int = meaning(384, "features of the residual stream", ge=1)
     num_heads: int = meaning(6, "attention heads", ge=1)
     num_kv_heads: int | None = meaning(
@@ -77,6 +80,7 @@ class ModelConfig(Section):
         None,
         "tokens that a position sees to each side that it sees, itself included; a list is repeated over the layers; null: all",
     )
+    scale_embeddings: bool = meaning(False, "multiply the embeddings by sqrt(hidden_size), as in 2017")
     biases: bool = meaning(True, "biases in the linear layers and LayerNorms")
     tie_embeddings: bool = meaning(True, "one matrix for the embedding and the output layer")
     vocab_size: int | None = meaning(None, "rows of the vocabulary; null: the tokenizer's", ge=2)
@@ -98,6 +102,11 @@ class ModelConfig(Section):
             mend = f"the nearest that works: {nearest_divisor(heads, kv_heads)}"
             yield Problem("num_kv_heads", f"num_heads {heads} is not a multiple of {kv_heads}", mend)
         yield from self._position_problems()
+        if self.decoder_layers is not None and self.kind != "encoder-decoder":
+            found = f"{self.decoder_layers} has no effect with kind: {self.kind}"
+            yield Problem("decoder_layers", found, "remove it, or set kind: encoder-decoder")
+        if self.kind == "encoder-decoder" and self.num_segments:
+            yield Problem("segments", "an encoder-decoder has none", "remove it")
         windows = self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]
         if not windows or any(window is not None and window < 1 for window in windows):
             mend = "give tokens >= 1, null, or a list of these"
@@ -116,6 +125,15 @@ class ModelConfig(Section):
     def causal(self) -> bool:
         """Whether a position sees only what is before it."""
         return self.kind == "gpt"
+
+    @property
+    def layers_of_decoder(self) -> int:
+        """Blocks behind an encoder's."""
+        return (self.decoder_layers or self.num_layers) if self.kind == "encoder-decoder" else 0
+
+    @property
+    def total_layers(self) -> int:
+        return self.num_layers + self.layers_of_decoder
 
     @property
     def num_segments(self) -> int:
@@ -162,15 +180,15 @@ class ModelConfig(Section):
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
 
-def layer_parameters(model: ModelConfig) -> int:
-    """Weights of one Transformer block."""
+def layer_parameters(model: ModelConfig, cross: bool = False) -> int:
+    """Weights of one Transformer block; cross: of one that attends to an encoder as well."""
     hidden, inner = model.hidden_size, model.feed_forward_size
     q, kv = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
     up = 2 * inner if model.activation in GATED else inner
     bias = 1 if model.biases else 0
     attention = hidden * (q + 2 * kv) + q * hidden + bias * (q + 2 * kv + hidden)
     feed_forward = hidden * up + inner * hidden + bias * (up + hidden)
-    return attention + feed_forward + 2 * _norm_parameters(model)
+    return (1 + cross) * (attention + _norm_parameters(model)) + feed_forward + _norm_parameters(model)
 
 
 def body_parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
@@ -180,6 +198,16 @@ def body_parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> int
     norms = int(model.norm_position == "pre") + int(model.has_embedding_norm)
     rows = vocab_size + table + model.num_segments
     return rows * hidden + model.num_layers * layer_parameters(model) + norms * _norm_parameters(model)
+
+
+def pair_parameters(model: ModelConfig, vocab_size: int, lengths: tuple[int, int]) -> int:
+    """Weights of an encoder-decoder for sources and targets of these lengths, the vocabulary without padding."""
+    hidden, table = model.hidden_size, model.positions == "learned"
+    rows = sum(max(length, model.max_positions or 0) for length in lengths) if table else 0
+    rows += vocab_size * (1 if model.tie_embeddings else 2)
+    norms = 2 * (int(model.norm_position == "pre") + int(model.has_embedding_norm))
+    blocks = model.num_layers * layer_parameters(model) + model.layers_of_decoder * layer_parameters(model, cross=True)
+    return rows * hidden + blocks + norms * _norm_parameters(model)
 
 
 def pooler_parameters(model: ModelConfig) -> int:

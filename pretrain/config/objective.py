@@ -9,17 +9,27 @@ from typing import Literal
 from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
 
-PRETRAINING = {"causal": "gpt", "masked": "bert"}  # objective -> the model that it trains
+PRETRAINING = {  # objective -> the model that it trains
+    "causal": "gpt",
+    "masked": "bert",
+    "sequence-to-sequence": "encoder-decoder",
+    "span-corruption": "encoder-decoder",
+    "prefix": "encoder-decoder",
+}
 TASKS = ("classification", "regression", "multiple-choice", "tagging", "question-answering")  # with a head of their own
 OF_KINDS: dict[str, tuple[str, ...]] = {  # objectives -> the fields that are theirs alone
     "causal": ("loss_across_documents",),
     "masked": ("mask_rate", "masking", "mask_share", "random_share", "span_probability", "span_limit", "pairs"),
+    "span-corruption": ("noise_rate", "noise_span", "sentinels"),
+    "prefix": ("prefix_share",),
+    "sequence-to-sequence": ("source_length",),
     "classification tagging": ("labels", "class_weights"),
     "question-answering": ("version_2", "question_length", "answer_length", "best"),
     "tagging question-answering": ("overlap",),
     "classification regression": ("texts", "label"),
     " ".join(TASKS): ("strict",),
-    "causal masked": ("attention_across_documents", "z_loss"),
+    "causal masked span-corruption prefix": ("attention_across_documents",),
+    "causal masked span-corruption prefix sequence-to-sequence": ("z_loss",),
 }
 
 
@@ -27,11 +37,20 @@ class ObjectiveConfig(Section):
     """The training objective."""
 
     kind: Literal[
-        "causal", "masked", "classification", "regression", "multiple-choice", "tagging", "question-answering"
+        "causal",
+        "masked",
+        "span-corruption",
+        "prefix",
+        "sequence-to-sequence",
+        "classification",
+        "regression",
+        "multiple-choice",
+        "tagging",
+        "question-answering",
     ] = meaning(
         "causal",
-        "causal (GPT) or masked (BERT) on text; on labelled examples classification, regression, multiple-choice, tagging "
-        "or question-answering",
+        "on text causal (GPT), masked (BERT), span-corruption or prefix (encoder-decoder); on pairs sequence-to-sequence; on "
+        "labelled examples classification, regression, multiple-choice, tagging or question-answering",
     )
     loss_across_documents: bool = meaning(
         True, "causal: whether a document's first token, predicted from the one before, counts"
@@ -52,6 +71,17 @@ class ObjectiveConfig(Section):
     span_limit: int = meaning(10, "masked, span: the longest, in tokens", ge=1)
     pairs: Literal["none", "next", "order"] = meaning(
         "none", "masked: predict of two segments whether the second follows (next, BERT) or they are swapped (order)"
+    )
+    noise_rate: float = meaning(
+        0.15, "span-corruption: share of a sequence's tokens that the target has (T5)", gt=0, lt=1
+    )
+    noise_span: float = meaning(3.0, "span-corruption: mean length of the spans, in tokens", ge=1)
+    sentinels: int = meaning(100, "span-corruption: ids that stand for spans, behind the tokenizer's", ge=1)
+    prefix_share: float = meaning(
+        0.5, "prefix: share of a sequence that the encoder reads; the decoder predicts the rest", gt=0, lt=1
+    )
+    source_length: int | None = meaning(
+        None, "sequence-to-sequence: tokens of data.seq_length that are a row's sources; null: half of them", ge=1
     )
     labels: list[str] | None = meaning(
         None, "classification: the classes in the order of the outputs; null: those of the training file, sorted"
@@ -85,7 +115,26 @@ class ObjectiveConfig(Section):
 
     def predicted(self, length: int) -> int:
         """The most places of a sequence of `length` that are predicted."""
-        return max(1, math.ceil(self.mask_rate * length)) if self.kind == "masked" else length
+        if self.kind == "masked":
+            return max(1, math.ceil(self.mask_rate * length))
+        return length if PRETRAINING.get(self.kind) != "encoder-decoder" else self.lengths(length)[1]
+
+    def spans(self, length: int) -> tuple[int, int]:
+        """Span corruption of `length` tokens: how many are the target's, in how many spans (Raffel et al. 2020, T5's code:
+        at least one of either, and of the others, between any two spans)."""
+        noise = min(max(round(length * self.noise_rate), 1), length - 1)
+        return noise, min(max(round(noise / self.noise_span), 1), noise, length - noise)
+
+    def lengths(self, length: int) -> tuple[int, int]:
+        """Tokens of an encoder-decoder's source and target, of a sample of `length` tokens."""
+        if self.kind == "span-corruption":  # a sentinel a span in either, and an end
+            noise, spans = self.spans(length)
+            return length - noise + spans + 1, noise + spans + 1
+        if self.kind == "prefix":
+            source = min(max(round(length * self.prefix_share), 1), length - 1)
+        else:
+            source = self.source_length or length // 2
+        return source, length - source
 
     def problems(self) -> Iterator[Problem]:
         for kinds, names in OF_KINDS.items():

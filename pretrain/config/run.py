@@ -48,6 +48,15 @@ class Config(Section):
         """Of the data's order."""
         return self.run.seed if self.data.seed is None else self.data.seed
 
+    @property
+    def lengths(self) -> list[tuple[str, int]]:
+        """The sequences that a sample is to the model, each with its name and its tokens."""
+        length = self.data.seq_length
+        if self.model.kind != "encoder-decoder" or self.objective.is_task:
+            return [("data.seq_length", length)]
+        source, target = self.objective.lengths(length)
+        return [("the source's length", source), ("the target's length", target)]
+
     def _kind_problems(self) -> Iterator[Problem]:
         model, objective = self.model.kind, self.objective.kind
         unknown = self.model.initial is not None and "kind" not in self.model.model_fields_set
@@ -59,9 +68,24 @@ class Config(Section):
             yield Problem("monitor.sample_every", f"a model of {objective} writes no text", "remove it")
         if self.objective.is_task:
             yield from self._task_problems()
+        if model == "encoder-decoder" and self.objective.is_task:
+            yield Problem("objective.kind", f"{objective} has its head on one stack", "take a gpt or a bert")
+        elif model == "encoder-decoder":
+            yield from self._length_problems()
         if objective == "masked" and self.data.seq_length < LEAST_MASKED:
             found = f"{self.data.seq_length} leaves no room beside [CLS] and [SEP]"
             yield Problem("data.seq_length", found, f"give at least {LEAST_MASKED}")
+
+    def _length_problems(self) -> Iterator[Problem]:
+        length, objective = self.data.seq_length, self.objective
+        if objective.source_length is not None and objective.source_length >= length:
+            found = f"{objective.source_length} leaves nothing of data.seq_length {length} to the target"
+            yield Problem("objective.source_length", found, "lower it, or raise data.seq_length")
+        elif length < 2:
+            yield Problem("data.seq_length", f"{length} is too short for a source and a target", "give at least 2")
+        if objective.kind == "span-corruption" and (spans := objective.spans(length)[1]) > objective.sentinels:
+            found = f"{objective.sentinels} are fewer than the {spans} spans of a sequence"
+            yield Problem("objective.sentinels", found, f"give at least {spans}")
 
     def _task_problems(self) -> Iterator[Problem]:
         if self.model.initial is None:
@@ -86,8 +110,9 @@ class Config(Section):
             message = f"has no effect with model.positions: {self.model.positions}"
             yield Problem("kernels.rotary", message, "remove it, or set model.positions: rope")
         monitor, limit = self.monitor, self.model.max_positions
-        if limit is not None and limit < self.data.seq_length:
-            message = f"{self.data.seq_length} is longer than model.max_positions {limit}"
+        longest = max(length for _, length in self.lengths)
+        if limit is not None and limit < longest:
+            message = f"{longest} is longer than model.max_positions {limit}"
             yield Problem("data.seq_length", message, "lower it, or raise model.max_positions")
         for name in ("validate_every", "patience"):
             if self.data.validation is None and getattr(monitor, name) is not None:

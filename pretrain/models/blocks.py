@@ -1,4 +1,5 @@
-"""The Transformer's block (Vaswani et al. 2017, section 3): attention and a feed-forward layer, each with a residual.
+"""The Transformer's block (Vaswani et al. 2017, section 3): attention, in a decoder of two stacks also to the encoder, and
+a feed-forward layer, each with a residual.
 
 Layers come from `parts`, so a block reads the same whether it holds whole weights or a tensor-parallel share of them.
 
@@ -8,118 +9,30 @@ D head size, F feed-forward size. n and g are this rank's share of N and G.
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.activation import GATED
 from kernels.attention import alibi_slopes
-from kernels.backends import Backend, Call
 from kernels.noise import dropout
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
+from pretrain.models.attention import (
+    ATTENTION_RESIDUAL_SITE,
+    CROSS_RESIDUAL_SITE,
+    FEED_FORWARD_RESIDUAL_SITE,
+    SITES,
+    Attention,
+    Cache,
+    Context,
+    CrossAttention,
+    Role,
+    residual_scale,
+)
 
 Recompute = Literal["none", "selective", "full"]
-SITES = 8  # dropout sites a layer; layer i's are 8 i + 1 ..., the embedding's is EMBEDDING_SITE
-EMBEDDING_SITE, ATTENTION_SITE, ATTENTION_RESIDUAL_SITE, FEED_FORWARD_RESIDUAL_SITE = 0, 1, 2, 3
-
-
-class Context(NamedTuple):
-    """What every block of one forward pass shares."""
-
-    sample_keys: Tensor | None = None  # (B,) int32: keys the dropout masks
-    cos: Tensor | None = None  # (S, D/2) float32 rotary angles of the positions, or with `places` of all that there are
-    sin: Tensor | None = None
-    places: Tensor | None = None  # (B, S) int64: where each position stands in its document; None: in the sequence
-    slopes: Tensor | None = None  # (n,) float32 ALiBi slopes of this rank's heads
-    documents: Tensor | None = None  # (B, S of all context ranks) int32: who sees whom; None: all
-    first: int = 0  # place of the first position: that many stand in the caches
-
-
-class Cache:
-    """The keys and values (B, length, g, D) of one layer, written as they come; of `like`'s type and device."""
-
-    def __init__(self, batch: int, length: int, heads: int, head_size: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(batch, length, heads, head_size)
-        self.values = like.new_zeros(batch, length, heads, head_size)
-
-    def extend(self, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, S, g, D) at places first : first + S; returns all up to there, (B, first + S, g, D)."""
-        last = first + k.shape[1]
-        if last > self.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.keys.shape[1]} positions, {last} are needed")
-        self.keys[:, first:last] = k
-        self.values[:, first:last] = v
-        return self.keys[:, :last], self.values[:, :last]
-
-
-class Attention(nn.Module):
-    """Multi-head attention with grouped key/value heads; query, key and value are one product. length: of a sequence."""
-
-    def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int) -> None:
-        super().__init__()
-        heads, groups, size = config.num_heads, config.kv_heads, config.size_of_head
-        outputs = {"q": heads * size, "k": groups * size, "v": groups * size}
-        self.parts = parts
-        self.heads, self.groups, self.size = parts.share(heads), parts.share(groups), size
-        self.first_head = parts.first(heads)
-        self.causal, self.window = config.causal, config.window(layer)
-        self.dropout = config.attention_dropout_rate
-        self.site = SITES * layer + ATTENTION_SITE
-        self.recompute = False
-        self.backend = parts.attention_backend(self._call(config, length))
-        self.qkv = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale)
-        self.out = parts.row(heads * size, config.hidden_size, config.biases, residual_scale(config))
-
-    def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
-        y = self.qkv(x)
-        batch, length, _ = y.shape
-        sizes = [self.heads * self.size, self.groups * self.size, self.groups * self.size]
-        q, k, v = (part.view(batch, length, -1, self.size) for part in y.split(sizes, dim=-1))  # (B, S, n or g, D)
-        if context.cos is not None and context.sin is not None:
-            q, k = self.parts.rotary(q, k, context.cos, context.sin, context.places)
-        if cache is not None:
-            k, v = cache.extend(context.first, k, v)
-        if self.recompute and torch.is_grad_enabled():
-            z = checkpoint(self._core, q, k, v, context, self.backend, use_reentrant=False, preserve_rng_state=False)
-        else:
-            # The backend was chosen for whole sequences; a position or two after a cache are another kind of call.
-            z = self._core(q, k, v, context, self.backend if cache is None else "torch")
-        return self.out(z.reshape(batch, length, self.heads * self.size))
-
-    def _call(self, config: ModelConfig, length: int) -> Call:
-        return Call(
-            self.heads,
-            self.groups,
-            self.size,
-            length,
-            length,
-            causal=self.causal,
-            window=None if self.window is None or self.window >= length else self.window,
-            documents=self.parts.backends.documents,
-            biased=config.positions == "alibi",
-            dropout=self.dropout > 0.0,
-        )
-
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context, backend: Backend) -> Tensor:
-        return self.parts.attention(
-            q,
-            k,
-            v,
-            backend=backend,
-            causal=self.causal,
-            window=self.window,
-            slopes=context.slopes,
-            documents=context.documents,
-            dropout=self.dropout if self.training else 0.0,
-            keys=context.sample_keys,
-            site=self.site,
-            first_head=self.first_head,
-            first_query=context.first,
-        )
 
 
 class FeedForward(nn.Module):
@@ -140,34 +53,49 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)), as in GPT-2. Post-norm: norm(x + f(x)), as in the 2017 paper. Each f has its dropout."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int, role: Role) -> None:
         super().__init__()
-        self.parts, self.layer = parts, layer
+        self.parts, self.number = parts, role.first_layer + layer
         self.pre = config.norm_position == "pre"
         self.dropout = config.residual_dropout_rate
-        self.norm_1 = parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
-        self.attention = Attention(config, parts, layer, length)
-        self.norm_2 = parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
+        self.norm_1 = self._norm(config)
+        self.attention = Attention(config, parts, layer, length, role)
+        self.cross: CrossAttention | None = None
+        if role.memory_length is not None:
+            self.cross_norm = self._norm(config)
+            self.cross = CrossAttention(config, parts, layer, length, role.memory_length, role)
+        self.norm_2 = self._norm(config)
         self.feed_forward = FeedForward(config, parts)
 
+    def _norm(self, config: ModelConfig) -> nn.Module:
+        return self.parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
+
     def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
-        if self.pre:
-            attended = self.attention(self.norm_1(x), context, cache)
-            y, x = self._add(self.norm_2, attended, x, context, ATTENTION_RESIDUAL_SITE)
-            return x + self._drop(self.feed_forward(y), context, FEED_FORWARD_RESIDUAL_SITE)
+        return self._pre(x, context, cache) if self.pre else self._post(x, context, cache)
+
+    def _pre(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        y, site = self.attention(self.norm_1(x), context, cache), ATTENTION_RESIDUAL_SITE
+        if self.cross is not None:
+            y, x = self._add(self.cross_norm, y, x, context, site)
+            y, site = self.cross(y, context, cache), CROSS_RESIDUAL_SITE
+        y, x = self._add(self.norm_2, y, x, context, site)
+        return x + self._drop(self.feed_forward(y), context, FEED_FORWARD_RESIDUAL_SITE)
+
+    def _post(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         x, _ = self._add(self.norm_1, self.attention(x, context, cache), x, context, ATTENTION_RESIDUAL_SITE)
+        if self.cross is not None:
+            x, _ = self._add(self.cross_norm, self.cross(x, context, cache), x, context, CROSS_RESIDUAL_SITE)
         return self._add(self.norm_2, self.feed_forward(x), x, context, FEED_FORWARD_RESIDUAL_SITE)[0]
 
     def _add(self, norm: nn.Module, x: Tensor, residual: Tensor, context: Context, site: int) -> tuple[Tensor, Tensor]:
         """The norm of residual + dropout(x), and that sum: one pass where Triton computes norms."""
-        rate, number = self.dropout if self.training else 0.0, SITES * self.layer + site
+        rate, number = self.dropout if self.training else 0.0, SITES * self.number + site
         first_row = self.parts.first_row(x.shape[1])
         return norm(x, residual, rate, context.sample_keys, number, first_row)  # type: ignore[no-any-return]
 
     def _drop(self, x: Tensor, context: Context, site: int) -> Tensor:
-        return drop(
-            x, self.dropout if self.training else 0.0, context.sample_keys, SITES * self.layer + site, self.parts
-        )
+        rate = self.dropout if self.training else 0.0
+        return drop(x, rate, context.sample_keys, SITES * self.number + site, self.parts)
 
 
 def drop(x: Tensor, rate: float, keys: Tensor | None, site: int, parts: Parts) -> Tensor:
@@ -177,13 +105,6 @@ def drop(x: Tensor, rate: float, keys: Tensor | None, site: int, parts: Parts) -
     if keys is None:
         raise ValueError("dropout needs the sample keys of the batch: pass sample_keys, or call eval()")
     return dropout(x, rate, keys, site, parts.first_row(x.shape[1]))
-
-
-def residual_scale(config: ModelConfig) -> float:
-    """Standard deviation of what a residual adds: initial_scale / sqrt(2 num_layers) (Radford et al. 2019, section 2.3)."""
-    if not config.scale_initial_by_depth:
-        return config.initial_scale
-    return config.initial_scale / math.sqrt(2 * config.num_layers)
 
 
 def local_slopes(num_heads: int, parts: Parts) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
-from pretrain.models.blocks import Cache
+from pretrain.models.attention import Cache
 from pretrain.models.stack import Stack
 
 
@@ -71,11 +71,11 @@ class GPT(Stack):
             raise ValueError("logits need the whole model on one stage")
         if first and caches is None:
             raise ValueError(f"the positions before {first} are missing: pass the caches that hold them")
-        x = self._embed(inputs, None, None, None, first)
-        context = self._context(inputs.shape[1], None, None, first)._replace(first=first)
-        for name, block in self.blocks.items():
+        x = self.begin(self.embedding(inputs), None, first=first)
+        context = self.context(inputs.shape[1], None, None, first)
+        for name, block in self.layers():
             x = block(x, context, None if caches is None else caches[name])
-        return self.head.logits(self._final(x))
+        return self.head.logits(self.final(x))
 
     def make_caches(self, batch: int, length: int) -> dict[str, Cache]:
         """Empty caches for `batch` sequences of up to `length` positions, one a layer."""

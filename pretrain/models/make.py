@@ -9,9 +9,10 @@ from pretrain.config.run import Config
 from pretrain.models.bert import BERT
 from pretrain.models.gpt import GPT
 from pretrain.models.tasks import TaskModel
+from pretrain.models.transformer import EncoderDecoder
 from pretrain.sizes import Sizes
 
-Model = GPT | BERT | TaskModel
+Model = GPT | BERT | EncoderDecoder | TaskModel
 
 
 def make_model(
@@ -29,6 +30,8 @@ def make_model(
     if objective.is_task:
         return TaskModel(*general, objective.kind, shape.num_outputs, shape.num_rows, **options)
     options["z_loss"] = objective.z_loss
+    if config.model.kind == "encoder-decoder":
+        return EncoderDecoder(*general[:3], objective.lengths(config.data.seq_length), **options)
     if config.model.kind == "bert":
         return BERT(*general, pairs=objective.pairs != "none", **options)
     return GPT(*general, **options)

@@ -1,14 +1,15 @@
 """What every model here is, up to its head: ids -> embedding (+ positions, segments) -> norm -> dropout -> blocks -> norm.
 
 Whole, or the layers of one pipeline stage. A model (`gpt.py`, `bert.py`) is a stack with a head of its own, and says in its
-`forward` what the head makes of the hidden states. Weights' type is the type of the residual stream; norms, softmax and the
-loss are float32 inside.
+`forward` what the head makes of the hidden states; an encoder-decoder (`transformer.py`) is two without an embedding, which
+they share. Weights' type is the type of the residual stream; norms, softmax and the loss are float32 inside.
 
 Shapes: B batch, S sequence, s this rank's slice of it (= S without sequence parallelism), H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,23 +21,15 @@ from kernels.embedding import embedding
 from kernels.rotary import rotary_angles
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
-from pretrain.models.blocks import (
-    EMBEDDING_SITE,
-    Block,
-    Context,
-    Recompute,
-    Table,
-    drop,
-    local_slopes,
-    sinusoids,
-)
+from pretrain.models.attention import Context, Role
+from pretrain.models.blocks import Block, Recompute, Table, drop, local_slopes, sinusoids
 
 
 class Stack(nn.Module):
     """Holds `layers` (global numbers), the embeddings if `first`, the final norm if `last`.
 
     A tied stage that is last but not first holds its own copy of the embedding under the same name, `tied_copy`, if its
-    head gives a vocabulary.
+    head gives a vocabulary. vocab_size None: it has no embedding. role: what it is in its model, the whole unless given.
     """
 
     gives_vocabulary = True
@@ -45,20 +38,21 @@ class Stack(nn.Module):
         self,
         config: ModelConfig,
         parts: Parts,
-        vocab_size: int,
+        vocab_size: int | None,
         seq_length: int,
         layers: range | None = None,
         first: bool = True,
         last: bool = True,
         recompute: Recompute = "none",
+        role: Role | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.role = config, parts, role or Role(config.causal)
         self.is_first, self.is_last = first, last
         self.max_length = max(seq_length, config.max_positions or 0)
         hidden, scale = config.hidden_size, config.initial_scale
         self.tied = config.tie_embeddings and self.gives_vocabulary
-        if first or (last and self.tied):
+        if vocab_size is not None and (first or (last and self.tied)):
             self.embedding = parts.embedding(vocab_size, hidden, scale)
         if first and config.positions == "learned":
             self.positions = parts.table(self.max_length, hidden, scale)
@@ -76,7 +70,7 @@ class Stack(nn.Module):
         if config.positions == "alibi":
             self.slopes = Table(local_slopes(config.num_heads, parts))
         numbers = range(config.num_layers) if layers is None else layers
-        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i, seq_length) for i in numbers})
+        self.blocks = nn.ModuleDict({str(i): Block(config, parts, i, seq_length, self.role) for i in numbers})
         if last and config.norm_position == "pre":
             self.norm = parts.norm(config.norm, hidden, config.norm_epsilon, config.biases)
         self.recompute = recompute
@@ -92,7 +86,9 @@ class Stack(nn.Module):
             raise ValueError(f"recompute is none, selective or full, found {value!r}")
         self._recompute: Recompute = value
         for _, block in self.layers():
-            block.attention.recompute = value == "selective"
+            for attention in (block.attention, block.cross):
+                if attention is not None:
+                    attention.recompute = value == "selective"
 
     def layers(self) -> Iterator[tuple[str, Block]]:
         """This stage's blocks and their names, in order."""
@@ -121,39 +117,55 @@ class Stack(nn.Module):
         documents (B, S of all context ranks) numbers of the documents if each is to be seen alone; hidden (B, s, H) from
         the stage before.
         """
-        place = self.parts.first_place(length)
-        x = self._embed(inputs, sample_keys, documents, segments, place) if self.is_first else hidden
-        assert x is not None, "a stage that is not the first takes `hidden`"
-        context = self._context(length, sample_keys, documents, place)
+        if self.is_first:
+            assert inputs is not None, "the first stage takes `inputs`"
+            hidden = self.begin(self.embedding(inputs), sample_keys, documents, segments)
+        assert hidden is not None, "a stage that is not the first takes `hidden`"
+        return self.run(hidden, self.context(length, sample_keys, documents))
+
+    def begin(
+        self,
+        x: Tensor,
+        sample_keys: Tensor | None,
+        documents: Tensor | None = None,
+        segments: Tensor | None = None,
+        first: int | None = None,
+    ) -> Tensor:
+        """What the blocks take, (B, s, H), of the ids' embeddings (B, s, H). first: place of the first position, that of
+        this context rank's slice unless given."""
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.hidden_size)
+        if self.config.positions in ("learned", "sinusoidal"):
+            x = x + self._rows(x.shape[1], documents, first).to(x.dtype)
+        if self.config.num_segments:
+            whole = x.new_zeros(x.shape[:2], dtype=torch.int64) if segments is None else self.parts.scatter(segments)
+            x = x + embedding(whole, self.segments).to(x.dtype)
+        if self.config.has_embedding_norm:
+            x = self.embedding_norm(x)
+        rate = self.config.embedding_dropout_rate if self.training else 0.0
+        return drop(x, rate, sample_keys, self.role.embedding_site, self.parts)
+
+    def run(self, x: Tensor, context: Context) -> Tensor:
+        """This stage's layers, on the last stage and the final norm: (B, s, H) of x (B, s, H)."""
         for block in self.blocks.values():
             if self._recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context)
-        return self._final(x) if self.is_last else x
+        return self.final(x) if self.is_last else x
 
-    def _embed(
-        self,
-        inputs: Tensor | None,
-        sample_keys: Tensor | None,
-        documents: Tensor | None,
-        segments: Tensor | None,
-        first: int,
-    ) -> Tensor:
-        assert inputs is not None, "the first stage takes `inputs`"
-        last = self._check_length(first, inputs.shape[1])
-        x = self.embedding(inputs)
-        if self.config.positions in ("learned", "sinusoidal"):
-            table = self.positions if self.config.positions == "learned" else self.waves.values
-            rows = table[None, first:last] if documents is None else embedding(self._places(documents), table)
-            x = x + self.parts.scatter(rows).to(x.dtype)
-        if self.config.num_segments:
-            numbers = torch.zeros_like(inputs) if segments is None else segments
-            x = x + embedding(self.parts.scatter(numbers), self.segments).to(x.dtype)
-        if self.config.has_embedding_norm:
-            x = self.embedding_norm(x)
-        rate = self.config.embedding_dropout_rate if self.training else 0.0
-        return drop(x, rate, sample_keys, EMBEDDING_SITE, self.parts)
+    def final(self, x: Tensor) -> Tensor:
+        """The norm after the last block, if there is one."""
+        return self.norm(x) if self.config.norm_position == "pre" else x
+
+    def _rows(self, rows: int, documents: Tensor | None, first: int | None) -> Tensor:
+        """Of the table of positions, for `rows` activations of this rank."""
+        table = self.positions if self.config.positions == "learned" else self.waves.values
+        if documents is not None:
+            return self.parts.scatter(embedding(self._places(documents), table))
+        length = rows * (self.parts.axis.size if self.parts.axis.sequence else 1)
+        begin = self.parts.first_place(length) if first is None else first
+        return self.parts.scatter(table[None, begin : self._end(begin, length)])
 
     def _places(self, documents: Tensor) -> Tensor:
         """(B, S) places of this context rank's positions, each in its document."""
@@ -161,23 +173,22 @@ class Stack(nn.Module):
         begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
         return self.parts.own(places - torch.where(begins, places, 0).cummax(dim=1).values)
 
-    def _context(self, length: int, sample_keys: Tensor | None, documents: Tensor | None, first: int) -> Context:
-        """Of the positions first : first + length."""
+    def context(
+        self, length: int, sample_keys: Tensor | None, documents: Tensor | None, first: int | None = None
+    ) -> Context:
+        """What the blocks share. length: of this context rank's slice; first: as in `begin`."""
+        begin = self.parts.first_place(length) if first is None else first
         cos, sin, places, slopes = None, None, None, None
         if self.config.positions == "rope":
-            last = self._check_length(first, length)
+            end = self._end(begin, length)
             places = None if documents is None else self._places(documents)
-            cos, sin = self.angles.values[:, first:last] if places is None else self.angles.values
+            cos, sin = self.angles.values[:, begin:end] if places is None else self.angles.values
         if self.config.positions == "alibi":
             slopes = self.slopes.values
-        return Context(sample_keys, cos, sin, places, slopes, documents)
+        return Context(sample_keys, cos, sin, places, slopes, documents, first or 0)
 
-    def _check_length(self, first: int, length: int) -> int:
+    def _end(self, first: int, length: int) -> int:
         """The place after the last position; ValueError if the tables of positions do not reach it."""
-        last = first + length
-        if last > self.max_length and self.config.positions in ("learned", "sinusoidal", "rope"):
-            raise ValueError(f"{last} positions asked for, but the model was made for {self.max_length}")
-        return last
-
-    def _final(self, x: Tensor) -> Tensor:
-        return self.norm(x) if self.config.norm_position == "pre" else x
+        if first + length > self.max_length and self.config.positions in ("learned", "sinusoidal", "rope"):
+            raise ValueError(f"{first + length} positions asked for, but the model was made for {self.max_length}")
+        return first + length

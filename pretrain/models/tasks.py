@@ -20,8 +20,8 @@ from torch import Tensor
 from kernels.noise import dropout
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
+from pretrain.models.attention import SITES
 from pretrain.models.bert import Pooler
-from pretrain.models.blocks import SITES
 from pretrain.models.stack import Stack
 
 OF_SEQUENCE = ("classification", "regression", "multiple-choice")

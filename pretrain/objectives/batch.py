@@ -62,6 +62,27 @@ class MaskedBatch(NamedTuple):
         return self._replace(**{name: held.to(device) for name, held in self._asdict().items() if held is not None})
 
 
+class PairBatch(NamedTuple):
+    """B sources of M tokens and targets of S; `pretrain.models.transformer` takes it."""
+
+    inputs: Tensor  # (B, M + S) int64: ids of the source, and behind them what the decoder reads
+    targets: Tensor  # (B, S) int64
+    mask: Tensor  # (B, S) float32: 1 where the target counts
+    sample_keys: Tensor  # (B,) int32
+    documents: Tensor | None = None  # (B, M + S) int32; of a target's document are source tokens and its own before it
+
+    def counts(self) -> Tensor:
+        """(1,) float64."""
+        return self.mask.sum(dtype=torch.float64)[None]
+
+    def without(self, gone: Tensor) -> Self:
+        """gone (B,) bool."""
+        return self._replace(mask=self.mask * ~gone[:, None])
+
+    def to(self, device: torch.device) -> Self:
+        return self._replace(**{name: held.to(device) for name, held in self._asdict().items() if held is not None})
+
+
 class TaskBatch(NamedTuple):
     """N sequences of labelled examples (several of one example for multiple choice); `pretrain.models.tasks` takes it."""
 
@@ -85,4 +106,5 @@ class TaskBatch(NamedTuple):
         return self._replace(**{name: held.to(device) for name, held in self._asdict().items()})
 
 
-AnyBatch = Batch | MaskedBatch | TaskBatch
+TextBatch = Batch | MaskedBatch | PairBatch
+AnyBatch = TextBatch | TaskBatch

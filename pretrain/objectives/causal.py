@@ -28,6 +28,7 @@ class Causal:
 
     terms = ("loss",)  # of the loss, each the mean over its own targets
     num_sums = 1  # that the model gives while it is validated
+    predicts_text = True  # every target is a token of the text, so that bits per byte can be told
 
     def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
         self.loss_across, self.attention_across = config.loss_across_documents, config.attention_across_documents

@@ -10,19 +10,28 @@ from pretrain.finetuning.tasks import Task
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.labelled import Labelled
 from pretrain.objectives.masked import Masked, Symbols
+from pretrain.objectives.pairs import Prefix, SequenceToSequence
+from pretrain.objectives.spans import SpanCorruption
 from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary
 
-TextObjective = Causal | Masked
+TextObjective = Causal | Masked | SequenceToSequence | Prefix | SpanCorruption
 Objective = TextObjective | Labelled
 SENTENCE_ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")
 
 
 def objective_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, lanes: int) -> TextObjective:
     """lanes: of the order that its sample numbers are from."""
-    if config.objective.kind == "causal":
-        return Causal(config.objective, tokenizer.eos, config.run.seed)
-    return Masked(config.objective, symbols_of(tokenizer, vocabulary), config.run.seed, lanes)
+    objective, eos, seed = config.objective, tokenizer.eos, config.run.seed
+    if objective.kind == "causal":
+        return Causal(objective, eos, seed)
+    if objective.kind == "sequence-to-sequence":
+        return SequenceToSequence(objective, eos, seed)
+    if objective.kind == "prefix":
+        return Prefix(objective, eos, seed)
+    if objective.kind == "span-corruption":
+        return SpanCorruption(objective, torch.tensor(vocabulary.sentinels), eos, seed)
+    return Masked(objective, symbols_of(tokenizer, vocabulary), seed, lanes)
 
 
 def labelled_of(config: Config, task: Task, weights: list[float] | None) -> Labelled:

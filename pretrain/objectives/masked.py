@@ -56,6 +56,8 @@ class Symbols(NamedTuple):
 class Masked:
     """Makes a micro-batch: a pure function of sample numbers, their tokens, the seed and the configuration."""
 
+    predicts_text = False
+
     def __init__(self, config: ObjectiveConfig, symbols: Symbols, seed: int, lanes: int) -> None:
         self.config, self.symbols, self.seed, self.lanes = config, symbols, seed, lanes
         self.paired = config.pairs != "none"

@@ -81,7 +81,7 @@ def test_data_parallelism_is_what_the_other_degrees_leave() -> None:
 
 def test_every_problem_is_told_at_once() -> None:
     parallel = ParallelConfig(tensor=5, sequence=True, context=2, pipeline=4, virtual=2, zero=3)
-    found = layout_problems(parallel, Shapes(6, 8, 4, 64, 32, (8,), 4), world=7)
+    found = layout_problems(parallel, Shapes(6, 8, 4, 64, (("data.seq_length", 32),), (8,), 4), world=7)
     told = " | ".join(f"{problem.path}: {problem.message}; {problem.mend}" for problem in found)
     for what in (
         "parallel.zero: stage 3 shares out gradients while a pipeline still adds to them: wrong norms; set parallel.zero=1",
@@ -99,7 +99,7 @@ def test_every_problem_is_told_at_once() -> None:
 
 def test_problems_of_the_batch_are_told() -> None:
     def told(parallel: ParallelConfig, sizes: tuple[int, ...], micro: int, world: int) -> list[Problem]:
-        return layout_problems(parallel, Shapes(4, 4, 4, 64, 32, sizes, micro), world)
+        return layout_problems(parallel, Shapes(4, 4, 4, 64, (("data.seq_length", 32),), sizes, micro), world)
 
     interleaved = ParallelConfig(pipeline=2, virtual=2)
     assert told(ParallelConfig(), (8,), 2, 3) == [
@@ -140,9 +140,8 @@ def draw(random: Random) -> tuple[ParallelConfig, Shapes, int]:
     kv_heads = pick([groups for groups in (1, 2, heads) if heads % groups == 0])
     size = pick([4, 6, 8, 12, 24])
     ramp = (size // 2,) if random.random() < 0.3 else ()
-    shapes = Shapes(
-        pick([2, 4, 6, 8]), heads, kv_heads, pick([6, 8, 12]), pick([8, 12]), (size, *ramp), pick([1, 2, 3])
-    )
+    lengths = tuple((name, pick([8, 12, 16])) for name in ("the source's length", "the target's length"))
+    shapes = Shapes(pick([2, 4, 6, 8]), heads, kv_heads, pick([6, 8, 12]), lengths, (size, *ramp), pick([1, 2, 3]))
     return parallel, shapes, parallel.tensor * parallel.context * parallel.pipeline * pick([1, 1, 2, 3])
 
 
@@ -153,11 +152,12 @@ def works(parallel: ParallelConfig, shapes: Shapes, world: int) -> bool:
         return False
     if (parallel.zero > 1 and stages > 1) or (parallel.offload and parallel.zero < 2):
         return False
-    if shapes.num_heads % (tensor * context) or shapes.seq_length % (context * (tensor if parallel.sequence else 1)):
+    slices = context * (tensor if parallel.sequence else 1)
+    if shapes.num_heads % (tensor * context) or any(length % slices for _, length in shapes.lengths):
         return False
     dealt = [shapes.num_heads, shapes.kv_heads, shapes.feed_forward_size, 128]
     if parallel.sequence:
-        dealt.append(shapes.seq_length)
+        dealt += [length for _, length in shapes.lengths]
     if any(extent % tensor for extent in dealt) or shapes.num_layers < stages * parts:
         return False
     for size in shapes.batch_sizes:
@@ -229,7 +229,7 @@ def config_of(parallel: ParallelConfig, shapes: Shapes, tied: bool) -> Config:
         "ffn_hidden_size": shapes.feed_forward_size,
         "tie_embeddings": tied,
     }
-    return Config.model_validate({"model": model, "data": {"seq_length": shapes.seq_length}, "parallel": parallel})
+    return Config.model_validate({"model": model, "data": {"seq_length": shapes.lengths[0][1]}, "parallel": parallel})
 
 
 def place(layout: Layout, tensor_rank: int, stage: int) -> Grid:

@@ -76,6 +76,12 @@ def task(kind: str) -> Config:
     return Config.model_validate({**values, "objective": {"kind": kind}})
 
 
+PAIRS = {
+    kind: Config.model_validate(
+        {**BASE.model_dump(mode="json"), "model": {"kind": "encoder-decoder"}, "objective": {"kind": kind}}
+    )
+    for kind in ("span-corruption", "prefix", "sequence-to-sequence")
+}
 TASKS = {kind: task(kind) for kind in ("classification", "question-answering")}
 
 
@@ -83,9 +89,12 @@ def base_of(path: str) -> Config:
     """In which a field has an effect."""
     field = path.removeprefix("objective.")
     kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
+    if path == "model.decoder_layers":
+        return PAIRS["prefix"]
     if not kinds or "causal" in kinds:
         return BASE
-    return ENCODER if "masked" in kinds else next(config for kind, config in TASKS.items() if kind in kinds)
+    others = {"masked": ENCODER, **PAIRS, **TASKS}
+    return next(config for kind, config in others.items() if kind in kinds)
 
 
 def changed(path: str) -> Config:
