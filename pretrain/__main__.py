@@ -224,6 +224,14 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources as corpus")
     command.add_argument(
+        "--pairs",
+        action="store_true",
+        help="TEXT is a table of sources and targets (.tsv, .csv, .jsonl), or two files whose lines belong together",
+    )
+    for side in ("source", "target"):
+        text = f"with --pairs: tokens of a row's {side}s; a longer pair is left out (default: 128)"
+        command.add_argument(f"--{side}-length", type=int, metavar="N", help=text)
+    command.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",

@@ -28,8 +28,9 @@ from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer
 
 FORMAT = "pretrain tokens"
-VERSION = 2
+VERSION = 3
 NAME = "manifest.json"
+CONCATENATED = "concat"  # text; packed pairs are "pairs SOURCE TARGET", from version 3 on
 FILE_OF_VERSION_1 = "tokenizer.model"  # which knew no other
 MAX_BYTES = 32 << 20  # ten trillion tokens are 37,000 shards: 13 MB
 MAX_SHARDS = 1 << 17
@@ -68,6 +69,7 @@ class Manifest:
     tokens: int
     text_bytes: int
     shards: tuple[Shard, ...]
+    pairs: tuple[int, int] | None = None  # of packed pairs, tokens of a row's sources and targets
     version: int = VERSION  # of the format that it was written in
 
     @property
@@ -172,6 +174,7 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
         tokens=_integer(value, "tokens", 2, MAX_TOKENS),
         text_bytes=_integer(value, "text_bytes", 0, MAX_TOKENS),
         shards=tuple(_shard(item) for item in value["shards"]),
+        pairs=_pairs(value["packing"], version),
         version=version,
     )
     if "eos" not in manifest.special or canonical(describe(manifest)) != raw:  # bytes: true would equal 1
@@ -191,7 +194,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "format": FORMAT,
         "version": manifest.version,
         "dtype": manifest.dtype.name,
-        "packing": "concat",
+        "packing": CONCATENATED if manifest.pairs is None else "pairs {} {}".format(*manifest.pairs),
         "tokens_per_chunk": manifest.tokens_per_chunk,
         "vocab_size": manifest.vocab_size,
         "tokenizer": tokenizer,
@@ -202,6 +205,15 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "chunks": manifest.chunks,
         "shards": [vars(shard) for shard in manifest.shards],
     }
+
+
+def _pairs(packing: Any, version: int) -> tuple[int, int] | None:
+    if packing == CONCATENATED:
+        return None
+    found = re.fullmatch(r"pairs ([1-9]\d{0,7}) ([1-9]\d{0,7})", packing)
+    if found is None or version < 3:
+        raise ValueError("its packing is not known")
+    return int(found[1]), int(found[2])
 
 
 def _shard(item: dict[str, Any]) -> Shard:

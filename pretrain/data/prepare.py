@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Options:
 
 
 def main(args: Any) -> None:
-    """The command. `args` has the attributes texts, stdlib, out, processes and those of `Options`."""
+    """The command. `args` has the attributes texts, stdlib, pairs, out, processes and those of `Options`."""
     options = Options(
         **{
             name: getattr(args, name)
@@ -111,8 +111,21 @@ def main(args: Any) -> None:
         },
         user_symbols=tuple(getattr(args, "user_symbols", None) or ()),
     )
-    report = prepare(args.texts or [], args.out, options, args.stdlib, args.processes)
-    print_report(report, args.out)
+    print_report(_prepared(args, options), args.out)
+
+
+def _prepared(args: Any, options: Options) -> Report:
+    lengths = args.source_length, args.target_length
+    if not args.pairs:
+        if lengths != (None, None):
+            raise UserError("--source-length and --target-length are of the rows that --pairs makes.")
+        return prepare(args.texts or [], args.out, options, args.stdlib, args.processes)
+    from pretrain.data.pairs import SOURCE_LENGTH, TARGET_LENGTH, Lengths, prepare_pairs
+
+    if args.stdlib:
+        raise UserError("--stdlib is text, not pairs: leave it out, or --pairs.")
+    sides = Lengths(lengths[0] or SOURCE_LENGTH, lengths[1] or TARGET_LENGTH)
+    return prepare_pairs(args.texts or [], args.out, sides, options, processes_of(args.processes))
 
 
 def prepare(
@@ -130,16 +143,26 @@ def prepare(
     """
     options = options or Options()
     options.check()
-    processes = processes if processes is not None else len(os.sched_getaffinity(0))
-    if processes < 1:
-        raise UserError(f"--processes must be at least 1, not {processes}.")
+    processes = processes_of(processes)
     if not texts and not stdlib:
         raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     with whole_folder(out, CONTENTS, say) as draft:
         files = [*_files(texts, draft), *(stdlib_corpus() if stdlib else ())]
-        tokenizer = _tokenizer(files, options, say)
+
+        def documents(skipped: Skipped) -> Iterator[tuple[bytes, str]]:
+            for document in read_documents(files, options.split, options.text_field, skipped):
+                yield document.text.encode(), document.text
+
+        tokenizer = tokenizer_of(documents, options, say)
         return _write(draft, files, tokenizer, options, processes, say)
+
+
+def processes_of(wished: int | None) -> int:
+    """How many encode: one a core unless wished otherwise. Raises UserError for less than one."""
+    if wished is not None and wished < 1:
+        raise UserError(f"--processes must be at least 1, not {wished}.")
+    return wished or len(os.sched_getaffinity(0))
 
 
 def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
@@ -159,20 +182,23 @@ def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
     return files
 
 
-def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str], None]) -> Tokenizer:
-    """The given tokenizer, or one trained on a sample of the training documents."""
+def tokenizer_of(
+    read: Callable[[Skipped], Iterable[tuple[bytes, str]]], options: Options, say: Callable[[str], None]
+) -> Tokenizer:
+    """The given tokenizer, or one trained on a sample of the training texts. read: gives each text behind the bytes whose
+    hash tells its part, and counts what it skips."""
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer)
     say("Reading the text to train a tokenizer")
 
     def texts() -> Iterator[str]:
         skipped, documents = Skipped(options.strict), dict.fromkeys(PARTS, 0)
-        for document in read_documents(files, options.split, options.text_field, skipped):
-            name = _part(document.text.encode(), options)
+        for mark, text in read(skipped):
+            name = part_of(mark, options)
             documents[name] += 1
             if name == "train":
-                yield document.text
-        _check_split(documents, skipped, options)
+                yield text
+        check_split(documents, skipped, options)
 
     arguments = (options.model_type, options.user_symbols, None, options.max_train_bytes, options.seed)
     if options.vocab_size is not None:
@@ -184,14 +210,14 @@ def _tokenizer(files: Sequence[TextFile], options: Options, say: Callable[[str],
         return train_tokenizer(texts(), error.largest, *arguments)
 
 
-def _part(text: bytes, options: Options) -> str:
-    """The part that a document belongs to."""
+def part_of(text: bytes, options: Options) -> str:
+    """The part that a document, or a pair, belongs to."""
     share = VALIDATION if options.validation is None else options.validation
     mark = xxhash.xxh64_intdigest(text, seed=(options.seed + 0x5EED) % 2**64)
     return PARTS[mark < share * 2**64]
 
 
-def _check_split(documents: Mapping[str, int], skipped: Skipped, options: Options) -> None:
+def check_split(documents: Mapping[str, int], skipped: Skipped, options: Options) -> None:
     """Raises UserError if a part that must have documents has none."""
     train, validation = (documents[name] for name in PARTS)
     if not train and not validation:
@@ -228,7 +254,7 @@ def _write(
                 starts = np.cumsum([0, *encoded.lengths])
                 for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
                     data = document.text.encode()
-                    name = _part(data, options)
+                    name = part_of(data, options)
                     writers[name].add(encoded.tokens[start : start + length])
                     report.parts[name].add(length, len(data))
                     progress.add(length, len(data))
@@ -236,23 +262,31 @@ def _write(
                 report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
     finally:
         encoder.close()
-    _check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)
-    _finish(draft, report, tokenizer, writers)
+    check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)
+    finish(draft, report, tokenizer, writers)
     return report
 
 
-def _finish(draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
-    """Write the manifests, once everything is written that they speak of."""
+def finish(
+    draft: Path,
+    report: Report,
+    tokenizer: Tokenizer,
+    writers: dict[str, ShardWriter],
+    pairs: tuple[int, int] | None = None,
+) -> None:
+    """Write the manifests, once everything is written that they speak of. pairs: lengths of a row's sides."""
     for name, writer in writers.items():
         if report.parts[name].documents:
-            _finish_part(draft / name, report.parts[name], tokenizer, writer)
+            _finish_part(draft / name, report.parts[name], tokenizer, writer, pairs)
         else:
             (draft / name).rmdir()
     (draft / "stdin").unlink(missing_ok=True)
     (draft / "report.json").write_bytes(manifests.canonical(asdict(report)))
 
 
-def _finish_part(folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter) -> None:
+def _finish_part(
+    folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter, pairs: tuple[int, int] | None = None
+) -> None:
     shards = writer.finish()
     (folder / tokenizer.file).write_bytes(tokenizer.content)
     manifest = manifests.Manifest(
@@ -268,6 +302,7 @@ def _finish_part(folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWr
         tokens=part.tokens,
         text_bytes=part.text_bytes,
         shards=(),
+        pairs=pairs,
     )
     first, entries = 0, []
     for shard in shards:

@@ -117,12 +117,15 @@ class _HashingFile:
 class ShardWriter:
     """Writes a source's tokens into shards of `folder`; `add` documents, then `finish`.
 
-    tokens_per_chunk None: C is 2^19, or for a small corpus the power of two that makes at least 16 chunks. The first
-    16 x 2^19 tokens are therefore kept in memory before anything is written.
+    tokens_per_chunk None: C is 2^19, or for a small corpus the power of two that makes at least 16 chunks, rounded down to
+    a multiple of `row`, the tokens that stay together. The first 16 x 2^19 tokens are therefore kept in memory before
+    anything is written.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], tokens_per_chunk: int | None, chunks_per_shard: int) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self, folder: Path, dtype: np.dtype[Any], tokens_per_chunk: int | None, chunks_per_shard: int, row: int = 1
+    ) -> None:
+        self.folder, self.dtype, self.row = folder, dtype, row
         self.tokens_per_chunk = tokens_per_chunk or 0
         self.chunks_per_shard = chunks_per_shard
         self.tokens = 0
@@ -140,19 +143,22 @@ class ShardWriter:
         self._num_waiting += len(tokens)
         self.tokens += len(tokens)
         if not self.tokens_per_chunk and self._num_waiting > CHUNKS_AT_LEAST * TOKENS_PER_CHUNK:
-            self.tokens_per_chunk = TOKENS_PER_CHUNK
+            self.tokens_per_chunk = self._rows(TOKENS_PER_CHUNK)
         if self.tokens_per_chunk and self._num_waiting > self.tokens_per_chunk:
             self._write_chunks()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write what is left. Returns the manifest's entry of each shard; needs at least two tokens."""
         if not self.tokens_per_chunk:
-            self.tokens_per_chunk = _small_chunk(self.tokens)
+            self.tokens_per_chunk = self._rows(_small_chunk(self.tokens))
         self._write_chunks()
         if self._num_waiting > 1:
             self._write_chunk(self._joined())
         self._close_shard()
         return self.shards
+
+    def _rows(self, tokens: int) -> int:
+        return max(tokens // self.row, 1) * self.row
 
     def _joined(self) -> np.ndarray[Any, Any]:
         if len(self._waiting) > 1:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain.config.run import Config
+from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples, ExampleStream
@@ -38,6 +39,8 @@ class Sources:
         if config.objective.is_task:
             return cls._of_examples(config)
         data, seed = config.data, config.data_seed
+        for folder in (*data.train_folders, *([data.validation] if data.validation else [])):
+            _check_packing(config, Manifest.load(folder))
         train = Stream(data.train_folders, data.seq_length, seed, data.lanes, data.window, weights=data.weights)
         validation = None
         if data.validation is not None:
@@ -84,6 +87,27 @@ def _check_initial(tokenizer: Tokenizer, initial: str) -> None:
         raise UserError(
             f"model.initial: {initial} has another tokenizer than the shards; prepare them with --tokenizer {initial}"
         )
+
+
+def _check_packing(config: Config, manifest: Manifest) -> None:
+    kind, held, length = config.objective.kind, manifest.pairs, config.data.seq_length
+    wanted = config.objective.lengths(length) if kind == "sequence-to-sequence" else None
+    if held == wanted:
+        return
+    if held is None:
+        raise UserError(
+            f"{manifest.folder}: holds text, but objective.kind: {kind} learns from pairs; make such shards with "
+            "`pretrain prepare --pairs`"
+        )
+    if wanted is None:
+        raise UserError(
+            f"{manifest.folder}: holds pairs, but objective.kind: {kind} learns from text; set objective.kind: "
+            "sequence-to-sequence, or prepare the text without --pairs"
+        )
+    raise UserError(
+        f"{manifest.folder}: its rows have {held[0]} tokens of sources and {held[1]} of targets, not {wanted[0]} and "
+        f"{wanted[1]}; set data.seq_length={sum(held)} objective.source_length={held[0]}"
+    )
 
 
 def _check_tokenizers(train: Stream, validation: Stream) -> None:

@@ -70,10 +70,22 @@ def write_manifest_1(folder: Path) -> None:
 
 
 def write_manifest_2(folder: Path) -> None:
-    """The one that is there: of version 2, with the tokenizer's file by name."""
+    """With the tokenizer's file by name; rows of pairs were not known."""
     value = json.loads((folder / "manifest.json").read_bytes())
-    assert value["version"] == 2 and value["tokenizer"].keys() == {"file", "sha256"}
+    assert value["packing"] == "concat"
+    text = json.dumps({**value, "version": 2}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    (folder / "manifest.json").write_bytes(text.encode() + b"\n")
 
 
-MANIFEST_WRITERS: dict[int, Callable[[Path], None]] = {1: write_manifest_1, 2: write_manifest_2}
+def write_manifest_3(folder: Path) -> None:
+    """The one that is there."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    assert value["version"] == 3 and value["tokenizer"].keys() == {"file", "sha256"}
+
+
+MANIFEST_WRITERS: dict[int, Callable[[Path], None]] = {
+    1: write_manifest_1,
+    2: write_manifest_2,
+    3: write_manifest_3,
+}
 WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1}

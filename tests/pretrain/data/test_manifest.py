@@ -240,8 +240,8 @@ def test_an_edited_spelling_of_the_same_value_is_refused(source: Path) -> None:
 
 
 def test_a_newer_version_says_which_is_read(source: Path) -> None:
-    write(source, {**value_of(source), "version": 3})
-    assert "has version 3; this program reads versions 1 to 2" in refusal(source)
+    write(source, {**value_of(source), "version": 4})
+    assert "has version 4; this program reads versions 1 to 3" in refusal(source)
 
 
 def test_another_tokenizer_than_the_shards_is_refused(source: Path) -> None:
