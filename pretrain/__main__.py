@@ -105,6 +105,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate.main(args)
 
 
+def _average(args: argparse.Namespace) -> int:
+    from pretrain import average
+
+    return average.main(args)
+
+
 def _generate(args: argparse.Namespace) -> int:
     from pretrain import generate
 
@@ -349,6 +355,25 @@ def _use_options(add: object) -> None:
     predict.add_argument("--out", required=True, metavar="FILE", help="new file for the predictions")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
     predict.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--beams", type=int, metavar="K", help="of pairs: hypotheses of the beam search (default: 4)"
+        )
+        command.add_argument(
+            "--length-penalty",
+            type=float,
+            metavar="ALPHA",
+            help="of pairs: 0 ranks by probability, more favours longer targets (default: 0.6)",
+        )
+    average = add(
+        "average",
+        _average,
+        "The mean of a run's last checkpoints, as a run of its own.",
+        "average runs/transformer-base --last 5 --out runs/averaged",
+    )
+    average.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    average.add_argument("--last", type=int, default=5, metavar="N", help="checkpoints to average (default: 5)")
+    average.add_argument("--out", required=True, metavar="DIR", help="new folder for the averaged run")
     _generate_options(add)
     inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
     inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")

@@ -1,4 +1,5 @@
-"""How well a trained model predicts a text: loss a token, perplexity, bits per byte; an encoder's loss and accuracy.
+"""How well a trained model predicts a text: loss a token, perplexity, bits per byte; an encoder's loss and accuracy; of pairs
+BLEU and exact matches.
 
 Text is scored with a sliding context: windows of the model's length, each advancing by `stride` tokens and scoring only
 its last `stride` ones, so that every token but the first ones has at least length - stride tokens before it. An encoder
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pretrain import translation
 from pretrain.data.chunks import Chunks
 from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
@@ -25,6 +27,7 @@ from pretrain.errors import UserError
 from pretrain.finetuning.tasks import Task
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
+from pretrain.models.transformer import EncoderDecoder
 from pretrain.objectives.choice import objective_of
 from pretrain.predict import predictions
 from pretrain.tasks.lines import Findings
@@ -64,13 +67,14 @@ def _batches(ids: np.ndarray, length: int, stride: int, size: int) -> Iterator[t
 
 
 @torch.inference_mode()
-def masked_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Loss and accuracy of what the run's own objective hides of the ids, cut into sequences; the last one is filled up
-    with document ends, which are never hidden."""
+def objective_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[str, float]:
+    """Loss and accuracy of what the run's own objective hides of the ids, cut into sequences. The last one is filled up with
+    document ends, which a masked objective never hides; an encoder-decoder's leaves it out where there is another."""
     config, model, length = loaded.config, loaded.model, loaded.config.data.seq_length
-    rows = -(-len(ids) // length)
+    whole = len(ids) // length
+    rows = whole if isinstance(model, EncoderDecoder) and whole else -(-len(ids) // length)
     tokens = np.full(rows * length + 1, loaded.tokenizer.eos)
-    tokens[: len(ids)] = ids
+    tokens[: len(ids)] = ids[: len(tokens)]
     cut = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     vocabulary = vocabulary_of(config, loaded.tokenizer)
     objective = objective_of(config, loaded.tokenizer, vocabulary, lanes=1)
@@ -132,9 +136,13 @@ def main(args: Namespace) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: give at least 1")
     if loaded.task is not None:
+        translation.refuse_search(args, f"{args.run_folder} writes no targets")
         return _print(_task(loaded, loaded.task, args))
+    if loaded.config.objective.kind == "sequence-to-sequence":
+        return _print(_pairs(loaded, args))
+    translation.refuse_search(args, f"{args.run_folder} writes no targets")
     if not isinstance(loaded.model, GPT):
-        return _print(_encoder(loaded, args))
+        return _print(_hidden(loaded, args))
     length = loaded.model.max_length
     stride = length if args.stride is None else args.stride
     if not 1 <= stride <= length:
@@ -171,11 +179,21 @@ def _task(loaded: Loaded, task: Task, args: Namespace) -> dict[str, float]:
     return {**scores, "examples": len(items), "step": loaded.step}
 
 
-def _encoder(loaded: Loaded, args: Namespace) -> dict[str, float]:
+def _pairs(loaded: Loaded, args: Namespace) -> dict[str, float]:
     if args.stride is not None:
-        raise UserError(f"--stride {args.stride}: an encoder's sequences do not overlap; leave it out")
-    ids, _ = _tokens_of(Path(args.data), loaded)
-    return {**masked_scores(loaded, ids[1:], args.batch_size), "step": loaded.step}
+        raise UserError(f"--stride {args.stride}: has no effect on pairs; leave it out")
+    return translation.evaluate(loaded, Path(args.data), translation.search_of(args))
+
+
+def _hidden(loaded: Loaded, args: Namespace) -> dict[str, float]:
+    """What an objective that hides a part of each sequence gets of a text."""
+    if args.stride is not None:
+        raise UserError(f"--stride {args.stride}: this objective's sequences do not overlap; leave it out")
+    ids, text_bytes = _tokens_of(Path(args.data), loaded)
+    scores = objective_scores(loaded, ids[1:], args.batch_size)
+    if loaded.config.objective.kind == "prefix":
+        scores["bits_per_byte"] = scores["loss"] / math.log(2) * len(ids[1:]) / max(text_bytes, 1)
+    return {**scores, "step": loaded.step}
 
 
 def _print(result: dict[str, float]) -> int:

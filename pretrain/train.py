@@ -37,6 +37,7 @@ from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
+from pretrain.models.transformer import EncoderDecoder
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, labelled_of, objective_of
 from pretrain.objectives.labelled import Labelled
@@ -45,6 +46,7 @@ from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.sizes import parameters_of
+from pretrain.translation import Translations
 from pretrain.validation import Validation
 
 FEW_STEPS = 300  # of a task, below which small sets give unsteady scores (Mosbach et al. 2021; Zhang et al. 2021)
@@ -103,6 +105,7 @@ class Run:
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)
         self.validation = self._validation()
+        self.translations = self._translations()
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
@@ -124,6 +127,12 @@ class Run:
             training = sources.train.examples.items if isinstance(sources.train, ExampleStream) else []
             return Judge(config, self.grid, sources.task, self.objective, sources.examples, training)
         return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
+
+    def _translations(self) -> Translations | None:
+        count, stream = self.config.monitor.translate_pairs, self.sources.validation
+        if count is None or stream is None:
+            return None
+        return Translations(stream, self.config.objective.lengths(self.config.data.seq_length)[0], count)
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -261,6 +270,10 @@ class Run:
         self.built.train(False)
         with self.reporter.pause():
             result = self.validation.run(self.built.schedule)
+            if self.translations is not None and self.runs_whole:
+                model = self.built.stages[0].module
+                assert isinstance(model, EncoderDecoder)
+                result = self.translations.judge(model, self.tokenizer, result)
         lowest = math.inf if self.state.best_loss is None else self.state.best_loss
         best = result.criterion < lowest  # never one that is not a number
         self.state = dataclasses.replace(
@@ -274,7 +287,7 @@ class Run:
     def sample(self) -> None:
         """A text by the model as it is, to TensorBoard."""
         monitor = self.config.monitor
-        if not self.can_sample:
+        if not self.runs_whole:
             return
         self.heartbeat.mark(self.state.step, "sample")
         self.built.train(False)
@@ -285,11 +298,10 @@ class Run:
         self.reporter.text(self.state.step, text)
 
     @property
-    def can_sample(self) -> bool:
+    def runs_whole(self) -> bool:
         """A process can run all layers on one token after the other."""
         layout = self.grid.layout
-        alone = layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
-        return alone and self.config.model.causal
+        return layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
 
     @property
     def to_be_kept(self) -> bool:
@@ -396,9 +408,10 @@ class Run:
         self.profile.start(self.state.step, self.plan.total_steps - self.state.step)
         runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
-        if self.config.monitor.sample_every is not None and not self.can_sample:
-            layout = self.grid.layout
-            self.reporter.warn(f"monitor.sample_every has no effect under {layout}: no process can run all layers")
+        for name in ("sample_every", "translate_pairs"):
+            if getattr(self.config.monitor, name) is not None and not self.runs_whole:
+                layout = self.grid.layout
+                self.reporter.warn(f"monitor.{name} has no effect under {layout}: no process can run all layers")
 
     def facts(self) -> Facts:
         sources = self.sources

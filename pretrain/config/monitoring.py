@@ -18,6 +18,11 @@ class MonitorConfig(Section):
     sample_every: Interval | None = meaning(None, "between texts by the model in TensorBoard; null: none")
     sample_prompt: str = meaning("", "what such a text begins with")
     sample_tokens: int = meaning(100, "tokens of such a text", ge=1)
+    translate_pairs: int | None = meaning(
+        None,
+        "sequence-to-sequence: held-out pairs to write targets for, scored by BLEU, a validation; null: none",
+        ge=1,
+    )
     tensorboard: bool = meaning(True, "write TensorBoard files into the run's folder")
     peak_tflops: float | None = meaning(
         None,

@@ -26,6 +26,11 @@ from pretrain.config.training import (
 LEAST_MASKED = 8  # tokens of a sequence
 
 
+def an(kind: str) -> str:
+    """The kind of model with its article, for messages."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 class Config(Section):
     """A run."""
 
@@ -63,9 +68,12 @@ class Config(Section):
         if not unknown and PRETRAINING.get(objective, model) != model:
             fitting = next(kind for kind, trained in PRETRAINING.items() if trained == model)
             mend = f"set model.kind: {PRETRAINING[objective]}, or objective.kind: {fitting}"
-            yield Problem("objective.kind", f"{objective} does not train a {model}", mend)
+            yield Problem("objective.kind", f"{objective} does not train {an(model)}", mend)
         if self.monitor.sample_every is not None and objective != "causal":
             yield Problem("monitor.sample_every", f"a model of {objective} writes no text", "remove it")
+        if self.monitor.translate_pairs is not None and objective != "sequence-to-sequence":
+            mend = "remove it, or set objective.kind: sequence-to-sequence"
+            yield Problem("monitor.translate_pairs", f"has no effect with objective.kind: {objective}", mend)
         if self.objective.is_task:
             yield from self._task_problems()
         if model == "encoder-decoder" and self.objective.is_task:
@@ -114,7 +122,7 @@ class Config(Section):
         if limit is not None and limit < longest:
             message = f"{longest} is longer than model.max_positions {limit}"
             yield Problem("data.seq_length", message, "lower it, or raise model.max_positions")
-        for name in ("validate_every", "patience"):
+        for name in ("validate_every", "patience", "translate_pairs"):
             if self.data.validation is None and getattr(monitor, name) is not None:
                 yield Problem(f"monitor.{name}", "needs held-out data", "set data.validation, or remove it")
         if monitor.patience is not None and monitor.validate_every is None:

@@ -27,19 +27,16 @@ from pretrain.huggingface import vocabulary
 from pretrain.huggingface.architecture import Inexpressible
 from pretrain.huggingface.architectures import Read, read_architecture
 from pretrain.huggingface.forms import Shape, joined_shape, take
-from pretrain.huggingface.progress import Bar
 from pretrain.huggingface.rows import Row, names_of
-from pretrain.huggingface.tensors import Planned, Weights, parts_of, read_limited, write_file
+from pretrain.huggingface.tensors import Planned, Weights, read_limited
 from pretrain.models.make import make_model
-from pretrain.opening import State, folder_of, open_checkpoint
 from pretrain.runs import CHECKPOINTS, CONFIG, keep_tokenizer
-from pretrain.saving import write_manifest
 from pretrain.sizes import Sizes
-from pretrain.storage import Entry, Written, file_name
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer
 from pretrain.tokenization.library import parse_json
 from pretrain.vocabulary import vocabulary_of
+from pretrain.weights import write_weights
 
 
 def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: Callable[[str], None] = print) -> Config:
@@ -59,8 +56,7 @@ def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: C
             keep_tokenizer(draft, found)
             if config.objective.is_task:
                 (draft / LABELS).write_bytes(keep_labels(read.labels))
-            _write_checkpoint(draft, planned, read.model.name)
-            open_checkpoint(folder_of(draft, 0))  # what was written is what will be accepted
+            write_weights(draft, planned, {"layout": "imported", "imported": read.model.name}, "Importing")
     return config
 
 
@@ -147,21 +143,6 @@ def _shapes(config: Config, tokenizer: Tokenizer, read: Read) -> dict[str, Shape
     mine = names_of((*read.model.rows, *read.model.optional))
     others = read.architecture.heads - mine
     return {name: piece.shape for name, piece, _ in logical_tensors(model) if name not in others}
-
-
-def _write_checkpoint(run: Path, planned: list[Planned], kind: str) -> None:
-    """The checkpoint of step 0: weights alone."""
-    folder = folder_of(run, 0)
-    folder.mkdir(parents=True)
-    written = Written([], {})
-    with Bar("Importing", sum(tensor.numel for tensor in planned) * torch.float32.itemsize) as bar:
-        for number, part in enumerate(parts_of(planned, torch.float32.itemsize)):
-            name = file_name(0, number)
-            written.files[name] = write_file(folder / name, part, torch.float32, bar.add, {"format": "pt"})
-            for tensor in part:
-                whole = Entry(tensor.name, tensor.shape, (0,) * len(tensor.shape), tensor.shape, name)
-                written.entries.append(whole)
-    write_manifest(folder, State(), {"layout": "imported", "processes": 1, "imported": kind}, [written])
 
 
 def main(args: Namespace) -> int:

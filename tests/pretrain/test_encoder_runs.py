@@ -110,4 +110,4 @@ def test_an_encoder_writes_no_text_and_has_no_stride(run: Path, tiny_data: Path)
     ran = running.command("generate", run, "--prompt", "def")
     assert ran.code == 2 and "a bert sees both sides of a token, so it writes no text" in ran.err
     ran = running.command("evaluate", run, "--data", tiny_data / "validation", "--stride", "3")
-    assert ran.code == 2 and "--stride 3: an encoder's sequences do not overlap" in ran.err
+    assert ran.code == 2 and "--stride 3: this objective's sequences do not overlap" in ran.err

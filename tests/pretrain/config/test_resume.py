@@ -89,8 +89,9 @@ def base_of(path: str) -> Config:
     """In which a field has an effect."""
     field = path.removeprefix("objective.")
     kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
-    if path == "model.decoder_layers":
-        return PAIRS["prefix"]
+    special = {"model.decoder_layers": "prefix", "monitor.translate_pairs": "sequence-to-sequence"}
+    if path in special:
+        return PAIRS[special[path]]
     if not kinds or "causal" in kinds:
         return BASE
     others = {"masked": ENCODER, **PAIRS, **TASKS}

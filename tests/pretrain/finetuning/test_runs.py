@@ -14,7 +14,7 @@ import torch
 
 from pretrain import comparison, runs, verify
 from pretrain.config.run import Config
-from pretrain.predict import load_task
+from pretrain.loading import load_model
 from pretrain.tasks.lines import Findings
 from pretrain.tasks.scoring import SCORERS
 from tests.distributed import run_ranks
@@ -97,7 +97,9 @@ def test_a_task_is_learned_and_every_command_gives_the_same_score(kind: str, tun
 
 
 def task_of(run: Path) -> Any:
-    return load_task(run, None)[1]
+    task = load_model(run).task
+    assert task is not None
+    return task
 
 
 @pytest.mark.parametrize("kind", ["classification"])
