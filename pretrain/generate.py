@@ -1,7 +1,8 @@
-"""Text from a trained model: sampling with a key/value cache, printed as it comes."""
+"""Text from a trained model with a key/value cache: drawn and printed as it comes, or the likeliest by beam search."""
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 
 from kernels import noise
+from pretrain.beams import beam_search
 from pretrain.errors import UserError
 from pretrain.loading import load_model
 from pretrain.models.gpt import GPT
 from pretrain.tokenization.base import Tokenizer
+
+DRAWING = ("temperature", "top_k", "top_p", "seed")  # fields of Sampling that the command has options for
+TEMPERATURE, LENGTH_PENALTY = 0.8, 0.6  # the command's, where none is given
 
 
 class Sampling(NamedTuple):
@@ -25,26 +30,50 @@ class Sampling(NamedTuple):
     seed: int = 1
 
 
+class Continuation:
+    """What the model, which must be in `eval()`, says of the next token of K texts of equal length that grow side by side:
+    a step of beam search. It begins with one empty text.
+
+    Past the model's length a text goes on from its last half, as the model can see no more at once.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.ids = torch.empty(1, 0, dtype=torch.int64)  # (K, S) that the model sees
+        self.caches, self.seen = model.make_caches(1, model.max_length), 0
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(K, V) float32 of what follows once tokens (K, T) stand behind the texts."""
+        length = self.model.max_length
+        self.ids = torch.cat((self.ids, tokens if self.seen else tokens[:, -length:]), dim=1)
+        if self.ids.shape[1] > length:
+            self.ids = self.ids[:, -max(length // 2, 1) :]
+            self.caches, self.seen = self.model.make_caches(len(self.ids), length), 0
+        window = self.ids[:, self.seen :].to(next(self.model.parameters()).device)
+        logits = self.model.logits(window, self.caches, first=self.seen)[:, -1]
+        self.seen = self.ids.shape[1]
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The same as log-probabilities."""
+        return self.logits(tokens).log_softmax(-1)
+
+    def reorder(self, index: Tensor) -> None:
+        """Text i becomes what index[i] was."""
+        self.ids = self.ids[index]
+        for cache in self.caches.values():
+            cache.reorder(index)
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompt: list[int], max_tokens: int, sampling: Sampling, stop: int | None) -> Iterator[int]:
-    """Token ids after the prompt, one at a time, until `stop` or `max_tokens`. The model must be in `eval()`.
-
-    Past the model's length the text goes on from its last half, as the model can see no more at once.
-    """
-    length = model.max_length
-    device = next(model.parameters()).device
-    ids = prompt[-length:]
-    caches, seen = model.make_caches(1, length), 0
+    """Token ids after the prompt, one at a time, until `stop` or `max_tokens`. The model must be in `eval()`."""
+    text, tokens = Continuation(model), torch.tensor([prompt])
     for place in range(max_tokens):
-        if len(ids) > length:
-            ids, caches, seen = ids[-max(length // 2, 1) :], model.make_caches(1, length), 0
-        window = torch.tensor([ids[seen:]], device=device)
-        logits = model.logits(window, caches, first=seen)[0, -1]
-        seen = len(ids)
-        token = choose(logits, sampling, place)
+        token = choose(text.logits(tokens)[0], sampling, place)
         if token == stop:
             return
-        ids.append(token)
+        tokens = torch.tensor([[token]])
         yield token
 
 
@@ -85,17 +114,32 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, 
 
 def check_options(args: Namespace) -> None:
     """All that is wrong with the command line, in one message."""
-    problems = []
-    if args.temperature < 0:
+    problems = _beam_problems(args)
+    if args.temperature is not None and args.temperature < 0:
         problems.append(f"--temperature {args.temperature}: give 0 (always the likeliest) or more")
-    if not 0 < args.top_p <= 1:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
         problems.append(f"--top-p {args.top_p}: give a probability above 0 and at most 1")
-    if args.top_k < 0:
+    if args.top_k is not None and args.top_k < 0:
         problems.append(f"--top-k {args.top_k}: give 0 (no limit) or a count")
-    if args.max_tokens < 1 or args.num_samples < 1:
+    if args.max_tokens < 1 or (args.num_samples is not None and args.num_samples < 1):
         problems.append("--max-tokens and --num-samples: give at least 1")
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _beam_problems(args: Namespace) -> list[str]:
+    if args.beams is None:
+        return [] if args.length_penalty is None else ["--length-penalty: ranks what --beams finds; give --beams too"]
+    problems = [] if args.beams >= 1 else [f"--beams {args.beams}: give at least 1"]
+    drawing = [name for name in (*DRAWING, "num_samples") if getattr(args, name) is not None]
+    if drawing:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+        problems.append(f"{names}: no effect with --beams, which draws nothing; leave out one or the other")
+    if args.length_penalty is not None and not 0 <= args.length_penalty < math.inf:
+        problems.append(f"--length-penalty {args.length_penalty}: give 0 (none) or more; 0.6 is usual")
+    elif args.length_penalty and args.beams == 1:
+        problems.append("--length-penalty: no effect with --beams 1, which follows one hypothesis to its end")
+    return problems
 
 
 def main(args: Namespace) -> int:
@@ -108,14 +152,25 @@ def main(args: Namespace) -> int:
             f"{args.run_folder}: a {loaded.config.model.kind} sees both sides of a token, so it writes no text"
         )
     prompt = loaded.tokenizer.encode(args.prompt) or [loaded.tokenizer.eos]
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- {number + 1} of {args.num_samples}")
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed + number)
+    if args.beams is not None:
+        penalty = LENGTH_PENALTY if args.length_penalty is None else args.length_penalty
+        best = beam_search(Continuation(model), args.beams, prompt, args.max_tokens, loaded.tokenizer.eos, penalty)[0]
+        print(args.prompt + loaded.tokenizer.decode(best.tokens))
+    else:
+        _print_samples(model, loaded.tokenizer, prompt, args)
+    return 0
+
+
+def _print_samples(model: GPT, tokenizer: Tokenizer, prompt: list[int], args: Namespace) -> None:
+    given = {name: value for name in DRAWING if (value := getattr(args, name)) is not None}
+    sampling = Sampling(**{"temperature": TEMPERATURE, **given})
+    num_samples = args.num_samples or 1
+    for number in range(num_samples):
+        if num_samples > 1:
+            print(f"--- {number + 1} of {num_samples}")
         sys.stdout.write(args.prompt)
-        ids = generate(model, prompt, args.max_tokens, sampling, loaded.tokenizer.eos)
-        for text in stream_text(loaded.tokenizer, ids):
+        ids = generate(model, prompt, args.max_tokens, sampling._replace(seed=sampling.seed + number), tokenizer.eos)
+        for text in stream_text(tokenizer, ids):
             sys.stdout.write(text)
             sys.stdout.flush()
         print()
-    return 0

@@ -45,6 +45,7 @@ class Cache:
     def __init__(self, batch: int, length: int, heads: int, head_size: int, like: Tensor) -> None:
         self.keys = like.new_zeros(batch, length, heads, head_size)
         self.values = like.new_zeros(batch, length, heads, head_size)
+        self.filled = 0  # positions
 
     def extend(self, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, S, g, D) at places first : first + S; returns all up to there, (B, first + S, g, D)."""
@@ -53,7 +54,17 @@ class Cache:
             raise ValueError(f"the cache holds {self.keys.shape[1]} positions, {last} are needed")
         self.keys[:, first:last] = k
         self.values[:, first:last] = v
+        self.filled = last
         return self.keys[:, :last], self.values[:, :last]
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence i becomes a copy of what index[i] was; index (B',) int64 may leave some out and take some twice."""
+        self.keys, self.values = (self._taken(old, index.to(old.device)) for old in (self.keys, self.values))
+
+    def _taken(self, old: Tensor, index: Tensor) -> Tensor:
+        new = old if len(index) == len(old) else old.new_zeros(len(index), *old.shape[1:])
+        new[:, : self.filled] = old[index, : self.filled]  # the right side is a copy before anything is written
+        return new
 
 
 class Attention(nn.Module):
