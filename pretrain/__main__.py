@@ -401,21 +401,22 @@ def _generate_options(add: object) -> None:
     generate.add_argument("run_folder", metavar="RUN", help="folder of a run")
     generate.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with")
     generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length at most (default: 200)")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest (default: 0, all)")
     generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)"
+        "--top-p", type=float, metavar="P", help="draw among the likeliest that together reach P (default: 1)"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="of the drawing (default: 1)")
+    generate.add_argument("--num-samples", type=int, metavar="N", help="texts (default: 1)")
+    generate.add_argument(
+        "--beams", type=int, metavar="K", help="draw nothing: the likeliest text that K hypotheses find (1: greedy)"
     )
     generate.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: 0, all)"
-    )
-    generate.add_argument(
-        "--top-p",
+        "--length-penalty",
         type=float,
-        default=1.0,
-        metavar="P",
-        help="draw among the likeliest that together reach P (default: 1)",
+        metavar="ALPHA",
+        help="with --beams: 0 ranks by probability, more favours longer texts (default: 0.6)",
     )
-    generate.add_argument("--seed", type=int, default=1, metavar="N", help="of the drawing (default: 1)")
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts (default: 1)")
     generate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
 
 

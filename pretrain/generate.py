@@ -1,21 +1,29 @@
-"""Text from a trained model: sampling with a key/value cache, printed as it comes."""
+"""Text from a trained model with a key/value cache: drawn and printed as it comes, or the likeliest by beam search."""
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import noise
+from pretrain.beams import Step, beam_search
+from pretrain.config.run import an
 from pretrain.errors import UserError
-from pretrain.loading import load_model
+from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
+from pretrain.models.transformer import EncoderDecoder
 from pretrain.tokenization.base import Tokenizer
+from pretrain.translation import TargetStep
+
+DRAWING = ("temperature", "top_k", "top_p", "seed")  # fields of Sampling that the command has options for
+TEMPERATURE, LENGTH_PENALTY = 0.8, 0.6  # the command's, where none is given
 
 
 class Sampling(NamedTuple):
@@ -25,26 +33,62 @@ class Sampling(NamedTuple):
     seed: int = 1
 
 
-@torch.inference_mode()
-def generate(model: GPT, prompt: list[int], max_tokens: int, sampling: Sampling, stop: int | None) -> Iterator[int]:
-    """Token ids after the prompt, one at a time, until `stop` or `max_tokens`. The model must be in `eval()`.
+class Growing(Step, Protocol):
+    """A step of beam search that gives logits as well: what a draw needs."""
 
-    Past the model's length the text goes on from its last half, as the model can see no more at once.
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(K, V) float32 of what follows once tokens (K, T) stand behind what was seen."""
+
+
+class Continuation:
+    """What the model, which must be in `eval()`, says of the next token of K texts of equal length that grow side by side:
+    a step of beam search. It begins with one empty text.
+
+    Past the model's length a text goes on from its last half, as the model can see no more at once.
     """
-    length = model.max_length
-    device = next(model.parameters()).device
-    ids = prompt[-length:]
-    caches, seen = model.make_caches(1, length), 0
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.ids = torch.empty(1, 0, dtype=torch.int64)  # (K, S) that the model sees
+        self.caches, self.seen = model.make_caches(1, model.max_length), 0
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(K, V) float32 of what follows once tokens (K, T) stand behind the texts."""
+        length = self.model.max_length
+        self.ids = torch.cat((self.ids, tokens if self.seen else tokens[:, -length:]), dim=1)
+        if self.ids.shape[1] > length:
+            self.ids = self.ids[:, -max(length // 2, 1) :]
+            self.caches, self.seen = self.model.make_caches(len(self.ids), length), 0
+        window = self.ids[:, self.seen :].to(next(self.model.parameters()).device)
+        logits = self.model.logits(window, self.caches, first=self.seen)[:, -1]
+        self.seen = self.ids.shape[1]
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The same as log-probabilities."""
+        return self.logits(tokens).log_softmax(-1)
+
+    def reorder(self, index: Tensor) -> None:
+        """Text i becomes what index[i] was."""
+        self.ids = self.ids[index]
+        for cache in self.caches.values():
+            cache.reorder(index)
+
+
+def generate(model: GPT, prompt: list[int], max_tokens: int, sampling: Sampling, stop: int | None) -> Iterator[int]:
+    """Token ids after the prompt, one at a time, until `stop` or `max_tokens`. The model must be in `eval()`."""
+    yield from draw(Continuation(model), prompt, max_tokens, sampling, stop)
+
+
+@torch.inference_mode()
+def draw(text: Growing, start: list[int], max_tokens: int, sampling: Sampling, stop: int | None) -> Iterator[int]:
+    """The same of a text that begins with `start`."""
+    tokens = torch.tensor([start])
     for place in range(max_tokens):
-        if len(ids) > length:
-            ids, caches, seen = ids[-max(length // 2, 1) :], model.make_caches(1, length), 0
-        window = torch.tensor([ids[seen:]], device=device)
-        logits = model.logits(window, caches, first=seen)[0, -1]
-        seen = len(ids)
-        token = choose(logits, sampling, place)
+        token = choose(text.logits(tokens)[0], sampling, place)
         if token == stop:
             return
-        ids.append(token)
+        tokens = torch.tensor([[token]])
         yield token
 
 
@@ -85,37 +129,82 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, 
 
 def check_options(args: Namespace) -> None:
     """All that is wrong with the command line, in one message."""
-    problems = []
-    if args.temperature < 0:
+    problems = _beam_problems(args)
+    if args.temperature is not None and args.temperature < 0:
         problems.append(f"--temperature {args.temperature}: give 0 (always the likeliest) or more")
-    if not 0 < args.top_p <= 1:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
         problems.append(f"--top-p {args.top_p}: give a probability above 0 and at most 1")
-    if args.top_k < 0:
+    if args.top_k is not None and args.top_k < 0:
         problems.append(f"--top-k {args.top_k}: give 0 (no limit) or a count")
-    if args.max_tokens < 1 or args.num_samples < 1:
+    if args.max_tokens < 1 or (args.num_samples is not None and args.num_samples < 1):
         problems.append("--max-tokens and --num-samples: give at least 1")
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _beam_problems(args: Namespace) -> list[str]:
+    if args.beams is None:
+        return [] if args.length_penalty is None else ["--length-penalty: ranks what --beams finds; give --beams too"]
+    problems = [] if args.beams >= 1 else [f"--beams {args.beams}: give at least 1"]
+    drawing = [name for name in (*DRAWING, "num_samples") if getattr(args, name) is not None]
+    if drawing:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+        problems.append(f"{names}: no effect with --beams, which draws nothing; leave out one or the other")
+    if args.length_penalty is not None and not 0 <= args.length_penalty < math.inf:
+        problems.append(f"--length-penalty {args.length_penalty}: give 0 (none) or more; 0.6 is usual")
+    elif args.length_penalty and args.beams == 1:
+        problems.append("--length-penalty: no effect with --beams 1, which follows one hypothesis to its end")
+    return problems
+
+
+class Beginning(NamedTuple):
+    """Where a text of a run's model starts."""
+
+    make: Callable[[], Growing]
+    start: list[int]  # ids
+    shown: str  # of it
+    longest: int  # tokens
+
+    @classmethod
+    def of(cls, loaded: Loaded, prompt: str, max_tokens: int) -> Beginning:
+        """A decoder goes on with the prompt; an encoder-decoder writes a target for it. Raises UserError for an encoder."""
+        model, tokenizer = loaded.model, loaded.tokenizer
+        ids, eos = tokenizer.encode(prompt), tokenizer.eos
+        if isinstance(model, GPT):
+            decoder = model
+            return cls(lambda: Continuation(decoder), ids or [eos], prompt, max_tokens)
+        if isinstance(model, EncoderDecoder):
+            both, source = model, [*ids[: model.encoder.max_length - 1], eos]
+            return cls(lambda: TargetStep(both, source), [eos], "", min(max_tokens, model.max_length))
+        kind = loaded.config.model.kind
+        raise UserError(f"{loaded.config.run.dir}: {an(kind)} sees both sides of a token, so it writes no text")
 
 
 def main(args: Namespace) -> int:
     """`python -m pretrain generate`."""
     check_options(args)
     loaded = load_model(Path(args.run_folder), args.checkpoint)
-    model = loaded.model
-    if not isinstance(model, GPT):
-        raise UserError(
-            f"{args.run_folder}: a {loaded.config.model.kind} sees both sides of a token, so it writes no text"
-        )
-    prompt = loaded.tokenizer.encode(args.prompt) or [loaded.tokenizer.eos]
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- {number + 1} of {args.num_samples}")
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed + number)
-        sys.stdout.write(args.prompt)
-        ids = generate(model, prompt, args.max_tokens, sampling, loaded.tokenizer.eos)
-        for text in stream_text(loaded.tokenizer, ids):
+    begin, tokenizer = Beginning.of(loaded, args.prompt, args.max_tokens), loaded.tokenizer
+    if args.beams is not None:
+        penalty = LENGTH_PENALTY if args.length_penalty is None else args.length_penalty
+        best = beam_search(begin.make(), args.beams, begin.start, begin.longest, tokenizer.eos, penalty)[0]
+        print(begin.shown + tokenizer.decode(best.tokens))
+    else:
+        _print_samples(begin, tokenizer, args)
+    return 0
+
+
+def _print_samples(begin: Beginning, tokenizer: Tokenizer, args: Namespace) -> None:
+    given = {name: value for name in DRAWING if (value := getattr(args, name)) is not None}
+    sampling = Sampling(**{"temperature": TEMPERATURE, **given})
+    num_samples = args.num_samples or 1
+    for number in range(num_samples):
+        if num_samples > 1:
+            print(f"--- {number + 1} of {num_samples}")
+        sys.stdout.write(begin.shown)
+        drawn = sampling._replace(seed=sampling.seed + number)
+        ids = draw(begin.make(), begin.start, begin.longest, drawn, tokenizer.eos)
+        for text in stream_text(tokenizer, ids):
             sys.stdout.write(text)
             sys.stdout.flush()
         print()
-    return 0

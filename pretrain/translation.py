@@ -46,10 +46,15 @@ class TargetStep:
         self.memory = model.encode(torch.tensor([list(source)], device=self.device))
         self.caches, self.seen = model.make_caches(self.memory, model.max_length), 0
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(K, V) float32 of what follows once tokens (K, T) stand behind the targets."""
         logits = self.model.logits(tokens.to(self.device), self.memory, self.caches, first=self.seen)[:, -1]
         self.seen += tokens.shape[1]
-        return logits.log_softmax(-1)
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The same as log-probabilities."""
+        return self.logits(tokens).log_softmax(-1)
 
     def reorder(self, index: Tensor) -> None:
         for cache in self.caches.values():

@@ -224,9 +224,10 @@ def test_a_sample_is_the_prompt_and_the_models_text(pieces: Tokenizer) -> None:
 
 
 def test_all_that_is_wrong_with_the_options_is_told_at_once() -> None:
-    good: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_tokens": 1, "num_samples": 1}
-    check_options(Namespace(**good))
+    names = ("temperature", "top_p", "top_k", "seed", "num_samples", "beams", "length_penalty")
+    given = dict.fromkeys(names)
+    check_options(Namespace(max_tokens=1, **given))
     with pytest.raises(UserError) as error:
-        check_options(Namespace(temperature=-1.0, top_p=0.0, top_k=-2, max_tokens=0, num_samples=1))
+        check_options(Namespace(**{**given, "temperature": -1.0, "top_p": 0.0, "top_k": -2, "max_tokens": 0}))
     for word in ("--temperature -1.0", "--top-p 0.0", "--top-k -2", "--max-tokens"):
         assert word in str(error.value)

@@ -113,6 +113,18 @@ def test_predict_writes_what_is_scored_and_goes_on(run: Path, loaded: Loaded, sh
     assert {name: found[name] for name in scores_of(written)} == scores_of(written)
 
 
+def test_generate_writes_a_target_for_the_prompt(run: Path, loaded: Loaded, shards: Path) -> None:
+    source = held_out(loaded, shards)[0][0]
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert isinstance(model, EncoderDecoder)
+    best = translate(model, tokenizer.encode(source), tokenizer.eos, Search(3, 0.5))
+    ran = running.command("generate", run, "--prompt", source, "--beams", "3", "--length-penalty", "0.5")
+    assert ran.out == tokenizer.decode(best.tokens) + "\n"
+    greedy = translate(model, tokenizer.encode(source), tokenizer.eos, Search(1))
+    drawn = running.command("generate", run, "--prompt", source, "--temperature", "0")
+    assert drawn.out == tokenizer.decode(greedy.tokens) + "\n"
+
+
 def test_killed_and_started_again_it_is_the_same_run(run: Path, tmp_path: Path, shards: Path) -> None:
     death = Death("killed", Spot("optimizer step", count=8), rank=0, number=signal.SIGKILL)
     running.train_killed(tmp_path, shards, *OPTIONS, fault=partial(arm, tmp_path, death))
