@@ -17,10 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import REPOSITORY, about
+
+sys.path.insert(0, str(REPOSITORY))
+
 import numpy as np
 import torch
 
-from benchmarks.common import about
 from pretrain.config.load import load_config
 from pretrain.config.run import Config
 from pretrain.finetuning.judging import predicted
