@@ -26,7 +26,7 @@ from pretrain.config.model import GATED, ModelConfig, layer_parameters, pooler_p
 from pretrain.config.run import Config
 
 FLOAT = 4  # bytes
-VOCABULARY_MULTIPLE = 128  # parallel.layers
+VOCABULARY_MULTIPLE = 128  # parallel.vocabulary
 BUCKET = 2**23  # elements of a flat reduction, parallel.averaging
 GATHERED = 10**9  # elements that DeepSpeed's ZeRO-3 keeps whole at most (stage3_max_live_parameters)
 DROPOUT_BYTES = 25  # a pair of a block of queries: probabilities, the hash of its places step by step, the mask

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.axes import TensorAxis
 from parallel.gradients import sum_slices
 from parallel.grid import start_grid
-from parallel.layers import Parts, TensorAxis, padded_vocabulary
+from parallel.layers import Parts
 from parallel.layout import Layout, rank_and_world
 from parallel.logical import Piece, logical_tensors, view
+from parallel.vocabulary import padded_vocabulary
 from tests.distributed import run_ranks
 
 B, S, H, FEATURES = 3, 8, 12, 16  # batch, sequence, hidden, inner features

@@ -86,7 +86,7 @@ def batch_of(config: Config) -> Batch | MaskedBatch:
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
-    from parallel.layers import TensorAxis
+    from parallel.axes import TensorAxis
 
     config = config_of(MODELS[name])
     layers = [2, 1]
@@ -167,8 +167,8 @@ def alive(profiler: Any) -> list[int]:
     ],
 )
 def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int, recompute: Any) -> None:
+    from parallel.axes import ContextAxis, TensorAxis
     from parallel.grid import Grid
-    from parallel.layers import ContextAxis, TensorAxis
 
     config = config_of(MODELS[model], compute, micro, recompute=recompute)
     grid = Grid(Layout(), 0, 1, torch.device("cpu"), TensorAxis(), ContextAxis(), 0, 0, 0, None, None, None, None)
