@@ -25,6 +25,7 @@ from kernels.available import Chosen
 from kernels.backends import Backend, Backends, Call, attend
 from kernels.norm import add_norm, norm
 from kernels.rotary import rotary_pair
+from parallel.adapters import LoRA, column_factors, dropped, row_factors
 from parallel.axes import ContextAxis, TensorAxis, enter, leave, mark_cut, mark_summed
 from parallel.logical import Initial, Piece, describe
 from parallel.vocabulary import VocabEmbedding, VocabHead
@@ -46,14 +47,17 @@ class Parts:
 
     # -- layers ------------------------------------------------------------------------------------------------
 
-    def column(self, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> ColumnLinear:
+    def column(
+        self, in_features: int, outputs: dict[str, int], bias: bool, std: float, lora: LoRA | None = None
+    ) -> ColumnLinear:
         """A projection whose output features are shared out. `outputs` maps the logical tensor's name to its rows:
-        `{"q": N * D, "k": G * D, "v": G * D}` is one product that holds three logical tensors; `{"": F}` just one."""
-        return ColumnLinear(self.axis, in_features, outputs, bias, std)
+        `{"q": N * D, "k": G * D, "v": G * D}` is one product that holds three logical tensors; `{"": F}` just one. lora:
+        factors of some of these."""
+        return ColumnLinear(self.axis, self.context, in_features, outputs, bias, std, lora)
 
-    def row(self, in_features: int, out_features: int, bias: bool, std: float) -> RowLinear:
+    def row(self, in_features: int, out_features: int, bias: bool, std: float, lora: LoRA | None = None) -> RowLinear:
         """A projection whose input features are shared out: takes a column layer's slice, gives the whole hidden size."""
-        return RowLinear(self.axis, in_features, out_features, bias, std)
+        return RowLinear(self.axis, self.context, in_features, out_features, bias, std, lora)
 
     def linear(self, in_features: int, out_features: int, bias: bool, std: float) -> Linear:
         """A small projection that every tensor rank holds whole, of what is the same on all of them."""
@@ -193,10 +197,19 @@ class Activation(NamedTuple):
 class ColumnLinear(nn.Module):
     """x (B, s, in) -> (B, S, sum(outputs) / tensor). Gathers the sequence first where it is cut."""
 
-    def __init__(self, axis: TensorAxis, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> None:
+    def __init__(
+        self,
+        axis: TensorAxis,
+        context: ContextAxis,
+        in_features: int,
+        outputs: dict[str, int],
+        bias: bool,
+        std: float,
+        lora: LoRA | None,
+    ) -> None:
         super().__init__()
-        self.axis = axis
-        rows = {name: count // axis.size for name, count in outputs.items()}
+        self.axis, self.context, self.lora = axis, context, lora
+        self.rows = rows = {name: count // axis.size for name, count in outputs.items()}
         total = sum(rows.values())
         weights, biases, start = [], [], 0
         for name, count in outputs.items():
@@ -210,22 +223,50 @@ class ColumnLinear(nn.Module):
             self.bias = describe(nn.Parameter(torch.empty(total)), Initial("zeros"), tuple(biases), decay=False)
         mark_cut(self.weight, axis, 0)
         mark_cut(self.bias, axis, 0)
+        if lora is not None:
+            self.lora_a, self.lora_b = column_factors(axis, in_features, outputs, lora)
 
-    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
-        """With an activation of the result: Triton's adds the bias."""
+    def forward(self, x: Tensor, activation: Activation | None = None, keys: Tensor | None = None) -> Tensor:
+        """With an activation of the result: Triton's adds the bias. keys (B,): of the samples, for dropout before LoRA."""
         x = enter(x, self.axis)
-        if activation is not None and activation.backend == "triton":
-            return activation(F.linear(x, self.weight), self.bias)
-        y = F.linear(x, self.weight, self.bias)
-        return y if activation is None else activation(y)
+        fused = activation is not None and activation.backend == "triton"
+        y = F.linear(x, self.weight, None if fused else self.bias)
+        if self.lora is not None:
+            y = self._adapted(y, x, self.lora, keys)
+        if activation is None:
+            return y
+        return activation(y, self.bias) if fused else activation(y)
+
+    def _adapted(self, y: Tensor, x: Tensor, lora: LoRA, keys: Tensor | None) -> Tensor:
+        """y with s B A x added to the targets' features."""
+        x = dropped(x, lora, keys, self.context) if self.training else x
+        rows = [count for name, count in self.rows.items() if name in lora.targets]
+        thin = zip(F.linear(x, self.lora_a).split(lora.rank, dim=-1), self.lora_b.split(rows), strict=True)
+        features = y.split([*self.rows.values()], dim=-1)
+        return torch.cat(
+            [
+                torch.add(part, F.linear(*next(thin)), alpha=lora.scale) if name in lora.targets else part
+                for name, part in zip(self.rows, features, strict=True)
+            ],
+            dim=-1,
+        )
 
 
 class RowLinear(nn.Module):
     """x (B, S, in / tensor) -> (B, s, out), summed over the tensor ranks; the bias is added once, after the sum."""
 
-    def __init__(self, axis: TensorAxis, in_features: int, out_features: int, bias: bool, std: float) -> None:
+    def __init__(
+        self,
+        axis: TensorAxis,
+        context: ContextAxis,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        std: float,
+        lora: LoRA | None,
+    ) -> None:
         super().__init__()
-        self.axis = axis
+        self.axis, self.context, self.lora = axis, context, lora
         local = in_features // axis.size
         piece = Piece("", (out_features, in_features), (0, local * axis.rank), (out_features, local))
         self.weight = describe(nn.Parameter(torch.empty(out_features, local)), Initial("normal", std), (piece,))
@@ -235,11 +276,20 @@ class RowLinear(nn.Module):
             self.bias = mark_summed(
                 describe(nn.Parameter(torch.empty(out_features)), Initial("zeros"), decay=False), axis
             )
+        if lora is not None:
+            self.lora_a, self.lora_b = row_factors(axis, in_features, out_features, lora)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave(F.linear(x, self.weight), self.axis)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """keys (B,): of the samples, for dropout before LoRA."""
+        alone = self.axis.size == 1
+        y = F.linear(x, self.weight, self.bias if alone else None)
+        if self.lora is not None:
+            first = x.shape[-1] * self.axis.rank
+            thin = dropped(x, self.lora, keys, self.context, first) if self.training else x
+            y = torch.add(y, F.linear(F.linear(thin, self.lora_a), self.lora_b), alpha=self.lora.scale)
+        if alone:
+            return y
+        y = leave(y, self.axis)
         return y if self.bias is None else y + self.bias
 
 
