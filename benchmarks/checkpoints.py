@@ -67,7 +67,7 @@ def _own_parts(run: Run) -> list[Tensor]:
     grid, parts = run.grid, []
     for share in run.engine.shares():
         if counts_once(share.parameter, grid.tensor.rank):
-            ranks, rank = (grid.replica_size, grid.replica_rank) if run.engine.replicated else (1, 0)
+            ranks, rank = (grid.replica_size, grid.replica_rank) if share.replicated else (1, 0)
             first, end = (share.numel * r // ranks for r in (rank, rank + 1))
             parts += [flat[first:end] for flat in (share.master.detach(), *share.moments.values())]
     return parts

@@ -19,6 +19,7 @@ from workload import layout_overrides, start_run
 
 from pretrain.build import stage_layers
 from pretrain.memory import memory
+from pretrain.trainable import frozen_on
 
 FORWARD_BACKWARD, UPDATE = "benchmark: forward and backward", "benchmark: update"
 STEPS = 2  # the last is measured: the first makes what stays
@@ -38,7 +39,14 @@ def measure(config: str, layout: str, overrides: list[str]) -> list[dict[str, An
             run.log(data, loss, update)
     vocab_size = run.sources.vocabulary.size
     layers = stage_layers(run.config, vocab_size)
-    formula = memory(run.config, run.grid.layout, layers, vocab_size, run.grid.stage)
+    formula = memory(
+        run.config,
+        run.grid.layout,
+        layers,
+        vocab_size,
+        run.grid.stage,
+        frozen=frozen_on(run.built.stages, run.config.model),
+    )
     ours = {**_peaks(profiler), "formula": formula._asdict(), "expected": formula.peak}
     everywhere: list[Any] = [None] * run.grid.world
     dist.all_gather_object(everywhere, ours)

@@ -20,10 +20,11 @@ import safetensors
 import torch
 from torch import nn
 
+from parallel.axes import ContextAxis, TensorAxis
 from parallel.boxes import KINDS, Box, boxes_of_rows, local_boxes, row_length, wanted_rows
 from parallel.engine import Share
 from parallel.gradients import counts_once
-from parallel.layers import ContextAxis, Parts, TensorAxis
+from parallel.layers import Parts
 from parallel.stages import Cut, cuts
 from pretrain.config.model import ModelConfig, parameter_count
 from pretrain.models.gpt import GPT

@@ -45,6 +45,7 @@ class Rules(NamedTuple):
     smoothing: float
     z_loss: float
     triton: bool
+    learns: bool  # the weight has a gradient
 
 
 def linear_cross_entropy(
@@ -72,10 +73,11 @@ def linear_cross_entropy(
     Raises ValueError for `triton` where it cannot run, and for a smoothing, z_loss or backend that there is not.
     """
     _check(smoothing, z_loss, backend)
-    rules = Rules(vocab_size, first_class, group, smoothing, z_loss, _runs_triton(backend, x))
+    rules = Rules(vocab_size, first_class, group, smoothing, z_loss, _runs_triton(backend, x), weight.requires_grad)
     rows = x.reshape(-1, x.shape[-1])
     targets, mask = targets.reshape(-1), mask.reshape(-1)
-    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+    learning = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and learning):
         return _forward_only(rows, weight, bias, targets, mask, rules)
     return _Loss.apply(rows, weight, bias, targets, mask, rules)  # type: ignore[no-any-return]
 
@@ -134,25 +136,25 @@ class _Loss(torch.autograd.Function):
             assert slope is not None
             total = total + loss
             grad_x.append(slope @ weight)
-            part = slope.t() @ here
+            part = slope.t() @ here if rules.learns else None
             if bias is not None:
                 summed = slope.sum(dim=0, dtype=_wide(slope[:0]).dtype)
                 grad_bias = summed if grad_bias is None else grad_bias + summed
             del slope  # or it would lie beside the next chunk's logits
             # chunks are summed in float32: bf16 sums would lose what a late chunk adds
-            grad_weight = part if step >= x.shape[0] else _wide(part) if grad_weight is None else grad_weight + part
-        assert grad_weight is not None
+            if part is not None:
+                grad_weight = part if step >= x.shape[0] else _wide(part) if grad_weight is None else grad_weight + part
         if bias is not None and grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         whole = torch.cat(grad_x) if len(grad_x) > 1 else grad_x[0]
-        ctx.save_for_backward(whole, grad_weight.to(weight.dtype), grad_bias)
+        ctx.save_for_backward(whole, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        of_bias = None if grad_bias is None else _times(grad_bias, grads[0])
-        return _times(grad_x, grads[0]), _times(grad_weight, grads[0]), of_bias, None, None, None
+        of_weight, of_bias = (None if part is None else _times(part, grads[0]) for part in (grad_weight, grad_bias))
+        return _times(grad_x, grads[0]), of_weight, of_bias, None, None, None
 
 
 def _forward_only(

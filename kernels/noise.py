@@ -89,12 +89,13 @@ def keep_mask(keys: Tensor, site: int, rows: Tensor, columns: Tensor, rate: floa
     return bits >= math.floor(rate * 2**32) - 2**31
 
 
-def dropout(x: Tensor, rate: float, keys: Tensor, site: int, first_row: int = 0) -> Tensor:
-    """Dropout of x (B, R, C); its rows begin at `first_row` of the unsharded activation. Scales by 1 / (1 - rate)."""
+def dropout(x: Tensor, rate: float, keys: Tensor, site: int, first_row: int = 0, first_column: int = 0) -> Tensor:
+    """Dropout of x (B, R, C); its rows and columns begin at `first_row` and `first_column` of the unsharded activation.
+    Scales by 1 / (1 - rate)."""
     if rate == 0.0:
         return x
     rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
-    columns = torch.arange(x.shape[2], device=x.device)
+    columns = torch.arange(first_column, first_column + x.shape[2], device=x.device)
     return torch.where(keep_mask(keys, site, rows, columns, rate), x * (1.0 / (1.0 - rate)), 0.0)
 
 

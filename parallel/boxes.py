@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,10 @@ def held_boxes(engine: Engine, grid: Grid, host: HostMemory | None = None) -> li
     """What this rank writes, copied to `host`. Over all ranks the boxes tile every logical tensor exactly once.
     Collective."""
     shares = [share for share in engine.shares() if counts_once(share.parameter, grid.tensor.rank)]
-    rows = list(_replicated_rows(shares, grid) if engine.replicated else _sharded_rows(shares, grid))
+    rows = [
+        *_replicated_rows([share for share in shares if share.replicated], grid),
+        *_sharded_rows([share for share in shares if not share.replicated], grid),
+    ]
     copies = iter((host or HostMemory()).copy([parts for _, _, kinds in rows for parts in kinds.values()]))
     boxes: list[Box] = []
     for share, first, kinds in rows:
@@ -119,7 +122,7 @@ def _kinds(share: Share) -> dict[str, Tensor]:
 
 
 def _replicated_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
-    """Stage 0: every data-parallel rank has all, so each writes its part of the rows."""
+    """What every replica has whole: each writes its part of the rows."""
     for share in shares:
         total = share.parameter.local_shape[0]  # type: ignore[attr-defined]
         first, end = (total * r // grid.replica_size for r in (grid.replica_rank, grid.replica_rank + 1))
@@ -140,45 +143,57 @@ def _sharded_rows(shares: list[Share], grid: Grid) -> Iterator[Rows]:
         yield share, first, {k: [flat[own], *ends.get((share.path, k), [])] for k, flat in _kinds(share).items()}
 
 
+class Extent(NamedTuple):
+    """What a rank keeps of a flattened parameter: numbers from `start` on, the numbers of a row, and in which kinds."""
+
+    start: int
+    numel: int
+    length: int
+    kinds: tuple[str, ...]
+
+
 def _exchange_row_ends(shares: list[Share], grid: Grid) -> dict[tuple[str, str], list[Tensor]]:
     """Send the beginnings of this rank's shares that end another rank's row; returns what others sent, in row order."""
     size, me = grid.replica_size, grid.replica_rank
     if size == 1:
         return {}
-    places: list[dict[str, tuple[int, int, int]]] = [{} for _ in range(size)]
-    ours = {s.path: (s.start, s.numel, row_length(s.parameter)) for s in shares}
+    places: list[dict[str, Extent]] = [{} for _ in range(size)]
+    ours = {s.path: Extent(s.start, s.numel, row_length(s.parameter), tuple(_kinds(s))) for s in shares}
     dist.all_gather_object(places, ours, group=grid.replica_group)
     sent: list[list[Tensor]] = [[] for _ in range(size)]
     for share in shares:
         owner, count = _owner_of_head(places, me, share.path)
         if count:
             sent[owner] += [flat[:count] for flat in _kinds(share).values()]
-    expected = [[_owner_of_head(places, rank, path) for path in places[rank]] for rank in range(size)]
-    counts = [len(KINDS) * sum(count for owner, count in messages if owner == me) for messages in expected]
-    empty = shares[0].master.new_empty(0) if shares else torch.empty(0, device=grid.device)
-    outgoing = torch.cat([empty, *(part for parts in sent for part in parts)])
+    expected = [{path: _owner_of_head(places, rank, path) for path in places[rank]} for rank in range(size)]
+    counts = [
+        sum(len(places[rank][path].kinds) * count for path, (owner, count) in messages.items() if owner == me)
+        for rank, messages in enumerate(expected)
+    ]
+    empty = torch.empty(0, device=shares[0].master.device if shares else grid.device)
+    outgoing = torch.cat([empty, *(part.to(empty) for parts in sent for part in parts)])
     incoming = outgoing.new_empty(sum(counts))
     sizes = [sum(part.numel() for part in parts) for parts in sent]
     dist.all_to_all_single(incoming, outgoing, counts, sizes, group=grid.replica_group)
     received: dict[tuple[str, str], list[Tensor]] = {}
     place = 0
     for rank, messages in enumerate(expected):
-        for path, (owner, count) in zip(places[rank], messages, strict=True):
-            for kind in KINDS if owner == me and count else ():
+        for path, (owner, count) in messages.items():
+            for kind in places[rank][path].kinds if owner == me and count else ():
                 received.setdefault((path, kind), []).append(incoming[place : place + count])
                 place += count
     return received
 
 
-def _owner_of_head(places: list[dict[str, tuple[int, int, int]]], rank: int, path: str) -> tuple[int, int]:
+def _owner_of_head(places: list[dict[str, Extent]], rank: int, path: str) -> tuple[int, int]:
     """The rank in whose row this rank's share of a parameter begins, and how many of its numbers that row wants."""
-    start, numel, length = places[rank][path]
+    start, numel, length, _ = places[rank][path]
     into = start % length
     if into == 0:
         return rank, 0
     row = start - into
     for other, shares in enumerate(places):
-        begin, count, _ = shares.get(path, (0, 0, 0))
+        begin, count, *_ = shares.get(path, (0, 0))
         if begin <= row < begin + count:
             return other, min(numel, length - into)
     raise AssertionError(f"no data-parallel rank keeps element {row} of {path}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backends import Backend, attend
 from parallel import library
-from parallel.layers import ContextAxis
+from parallel.axes import ContextAxis
 
 
 def exchanged_attention(

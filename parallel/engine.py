@@ -1,5 +1,8 @@
 """What an engine is: float32 master weights, AdamW, and their division over replicas, as flat shares.
 
+A weight that does not learn (its `requires_grad` is False) is none of the optimizer's: it has neither master nor moments and
+is what the model computes with, in the model's type.
+
 Gradients arrive already divided by the global count of targets times the number of replicas; the engine averages over the
 replicas, so that the result is the sum over all targets / their count. A step whose gradient norm is not finite is not
 applied.
@@ -39,7 +42,9 @@ class Step(NamedTuple):
 class Share:
     """Elements `start : start + numel` of a flattened local parameter, whose optimizer state this rank keeps.
 
-    `master` and `moments` are flat views (numel,) float32 into the optimizer's own memory: writing to them is loading.
+    `master` and `moments` are flat views (numel,) float32 into the optimizer's own memory: writing to them is loading. Of a
+    weight that does not learn `master` is the model's own, in its type, and there are no moments. `replicated`: every
+    replica keeps the same.
     """
 
     path: str
@@ -48,11 +53,10 @@ class Share:
     numel: int
     master: Tensor
     moments: dict[str, Tensor]
+    replicated: bool = False
 
 
 class Engine(Protocol):
-    replicated: bool  # every data-parallel rank keeps all of the optimizer
-
     @property
     def modules(self) -> Sequence[Any]:
         """What the schedule calls, in place of this rank's stages."""
@@ -100,7 +104,25 @@ def adamw(parameters: Iterable[nn.Parameter], options: AdamWOptions) -> AdamW:
         {"params": group, "weight_decay": 0.0 if plain else options.weight_decay, "rate": rate}
         for (plain, rate), group in sorted(by_kind.items(), key=lambda item: item[0])
     ]
-    return AdamW(groups, lr=0.0, betas=options.betas, eps=options.epsilon, backend=options.backend)
+    return AdamW(
+        groups or [{"params": [], "rate": 1.0}],
+        lr=0.0,
+        betas=options.betas,
+        eps=options.epsilon,
+        backend=options.backend,
+    )
+
+
+def parted(paths: dict[nn.Parameter, str]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, str]]:
+    """Those that learn, and those that do not."""
+    learning = {parameter: path for parameter, path in paths.items() if parameter.requires_grad}
+    return learning, {parameter: path for parameter, path in paths.items() if parameter not in learning}
+
+
+def frozen_shares(frozen: dict[nn.Parameter, str]) -> Iterator[Share]:
+    """Of weights that do not learn, where every replica has them whole."""
+    for parameter, path in frozen.items():
+        yield Share(path, parameter, 0, parameter.numel(), parameter.data.view(-1), {}, replicated=True)
 
 
 class Counted:

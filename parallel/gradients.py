@@ -37,7 +37,7 @@ def accumulated(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def is_sliced(parameter: nn.Parameter) -> bool:
-    """Whether it is whole on every tensor rank, but has seen only this rank's slice of the sequence."""
+    """Whether it is whole on every tensor rank, but its gradient there only a part of the sum."""
     return getattr(parameter, "sequence_parallel", False)
 
 
@@ -68,8 +68,8 @@ def sum_slices_in_backward(parameters: Iterable[nn.Parameter], group: Any) -> No
 
 
 def sum_tied(parameter: nn.Parameter | None, group: Any) -> None:
-    """Add up the gradient of an embedding that the first and the last stage both hold."""
-    if parameter is None or group is None:
+    """Add up the gradient of an embedding that the first and the last stage both hold, if it learns."""
+    if parameter is None or group is None or not parameter.requires_grad:
         return
     [gradient] = accumulated([parameter])
     dist.all_reduce(gradient, group=group)
@@ -88,13 +88,15 @@ def global_norm(
     tensor_rank: int,
     group: Any,
     total: Callable[[list[Tensor]], Tensor] = square_sum,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Euclidean norm of the whole model's gradient, the same on every rank.
 
-    group: tensor x pipeline ranks, or None; total: the sum of the squares of some of the gradients, (), float64.
+    group: tensor x pipeline ranks, or None; total: the sum of the squares of some of the gradients, (), float64; device:
+    where these are.
     """
     ours = [g for p, g in zip(parameters, gradients, strict=True) if counts_once(p, tensor_rank)]
-    square = total(ours) if ours else torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    square = total(ours) if ours else torch.zeros((), dtype=torch.float64, device=device)
     if group is not None:
         dist.all_reduce(square, group=group)
     return square.sqrt()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.vector_math import settle
-from parallel.layers import ContextAxis, TensorAxis
+from parallel.axes import ContextAxis, TensorAxis
 from parallel.layout import Layout, rank_and_world
 
 

@@ -12,7 +12,7 @@ At tensor = 1 every layer is plain `F.linear`, so torch.compile sees through.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,38 +21,14 @@ from torch import Tensor, nn
 
 from kernels.activation import activate
 from kernels.available import Backend as Kernel
-from kernels.available import Chosen, Wish
+from kernels.available import Chosen
 from kernels.backends import Backend, Backends, Call, attend
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.embedding import embedding
 from kernels.norm import add_norm, norm
 from kernels.rotary import rotary_pair
+from parallel.adapters import LoRA, column_factors, dropped, row_factors
+from parallel.axes import ContextAxis, TensorAxis, enter, leave, mark_cut, mark_summed
 from parallel.logical import Initial, Piece, describe
-
-VOCABULARY_MULTIPLE = 128  # of the padded vocabulary, whatever tp is, so that every layout multiplies the same matrix
-
-
-@dataclass(frozen=True)
-class TensorAxis:
-    """This process's place among the ranks that share each layer."""
-
-    size: int = 1
-    rank: int = 0
-    group: Any = None
-    sequence: bool = False  # activations between the parallel layers are cut along the sequence
-
-
-@dataclass(frozen=True)
-class ContextAxis:
-    """This process's place among the ranks that share each sequence: rank r has the r-th of `size` equal slices."""
-
-    size: int = 1
-    rank: int = 0
-    group: Any = None
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+from parallel.vocabulary import VocabEmbedding, VocabHead
 
 
 class Parts:
@@ -60,25 +36,28 @@ class Parts:
 
     def __init__(
         self,
-        axis: TensorAxis = TensorAxis(),
-        context: ContextAxis = ContextAxis(),
+        axis: TensorAxis | None = None,
+        context: ContextAxis | None = None,
         backends: Backends | None = None,
         kernels: Chosen | None = None,
     ) -> None:
-        self.axis, self.context = axis, context
+        self.axis, self.context = axis or TensorAxis(), context or ContextAxis()
         self.kernels = Chosen() if kernels is None else kernels
         self.backends = Backends() if backends is None else backends
 
     # -- layers ------------------------------------------------------------------------------------------------
 
-    def column(self, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> ColumnLinear:
+    def column(
+        self, in_features: int, outputs: dict[str, int], bias: bool, std: float, lora: LoRA | None = None
+    ) -> ColumnLinear:
         """A projection whose output features are shared out. `outputs` maps the logical tensor's name to its rows:
-        `{"q": N * D, "k": G * D, "v": G * D}` is one product that holds three logical tensors; `{"": F}` just one."""
-        return ColumnLinear(self.axis, in_features, outputs, bias, std)
+        `{"q": N * D, "k": G * D, "v": G * D}` is one product that holds three logical tensors; `{"": F}` just one. lora:
+        factors of some of these."""
+        return ColumnLinear(self.axis, self.context, in_features, outputs, bias, std, lora)
 
-    def row(self, in_features: int, out_features: int, bias: bool, std: float) -> RowLinear:
+    def row(self, in_features: int, out_features: int, bias: bool, std: float, lora: LoRA | None = None) -> RowLinear:
         """A projection whose input features are shared out: takes a column layer's slice, gives the whole hidden size."""
-        return RowLinear(self.axis, in_features, out_features, bias, std)
+        return RowLinear(self.axis, self.context, in_features, out_features, bias, std, lora)
 
     def linear(self, in_features: int, out_features: int, bias: bool, std: float) -> Linear:
         """A small projection that every tensor rank holds whole, of what is the same on all of them."""
@@ -100,7 +79,7 @@ class Parts:
 
     def table(self, rows: int, hidden_size: int, std: float) -> nn.Parameter:
         """A replicated table (learned positions) that is applied to this rank's slice of the sequence."""
-        return _summed(
+        return mark_summed(
             describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), decay=True), self.axis
         )
 
@@ -218,10 +197,19 @@ class Activation(NamedTuple):
 class ColumnLinear(nn.Module):
     """x (B, s, in) -> (B, S, sum(outputs) / tensor). Gathers the sequence first where it is cut."""
 
-    def __init__(self, axis: TensorAxis, in_features: int, outputs: dict[str, int], bias: bool, std: float) -> None:
+    def __init__(
+        self,
+        axis: TensorAxis,
+        context: ContextAxis,
+        in_features: int,
+        outputs: dict[str, int],
+        bias: bool,
+        std: float,
+        lora: LoRA | None,
+    ) -> None:
         super().__init__()
-        self.axis = axis
-        rows = {name: count // axis.size for name, count in outputs.items()}
+        self.axis, self.context, self.lora = axis, context, lora
+        self.rows = rows = {name: count // axis.size for name, count in outputs.items()}
         total = sum(rows.values())
         weights, biases, start = [], [], 0
         for name, count in outputs.items():
@@ -233,132 +221,76 @@ class ColumnLinear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = describe(nn.Parameter(torch.empty(total)), Initial("zeros"), tuple(biases), decay=False)
-        _cut(self.weight, axis, 0)
-        _cut(self.bias, axis, 0)
+        mark_cut(self.weight, axis, 0)
+        mark_cut(self.bias, axis, 0)
+        if lora is not None:
+            self.lora_a, self.lora_b = column_factors(axis, in_features, outputs, lora)
 
-    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
-        """With an activation of the result: Triton's adds the bias."""
+    def forward(self, x: Tensor, activation: Activation | None = None, keys: Tensor | None = None) -> Tensor:
+        """With an activation of the result: Triton's adds the bias. keys (B,): of the samples, for dropout before LoRA."""
         x = enter(x, self.axis)
-        if activation is not None and activation.backend == "triton":
-            return activation(F.linear(x, self.weight), self.bias)
-        y = F.linear(x, self.weight, self.bias)
-        return y if activation is None else activation(y)
+        fused = activation is not None and activation.backend == "triton"
+        y = F.linear(x, self.weight, None if fused else self.bias)
+        if self.lora is not None:
+            y = self._adapted(y, x, self.lora, keys)
+        if activation is None:
+            return y
+        return activation(y, self.bias) if fused else activation(y)
+
+    def _adapted(self, y: Tensor, x: Tensor, lora: LoRA, keys: Tensor | None) -> Tensor:
+        """y with s B A x added to the targets' features."""
+        x = dropped(x, lora, keys, self.context) if self.training else x
+        rows = [count for name, count in self.rows.items() if name in lora.targets]
+        thin = zip(F.linear(x, self.lora_a).split(lora.rank, dim=-1), self.lora_b.split(rows), strict=True)
+        features = y.split([*self.rows.values()], dim=-1)
+        return torch.cat(
+            [
+                torch.add(part, F.linear(*next(thin)), alpha=lora.scale) if name in lora.targets else part
+                for name, part in zip(self.rows, features, strict=True)
+            ],
+            dim=-1,
+        )
 
 
 class RowLinear(nn.Module):
     """x (B, S, in / tensor) -> (B, s, out), summed over the tensor ranks; the bias is added once, after the sum."""
 
-    def __init__(self, axis: TensorAxis, in_features: int, out_features: int, bias: bool, std: float) -> None:
-        super().__init__()
-        self.axis = axis
-        local = in_features // axis.size
-        piece = Piece("", (out_features, in_features), (0, local * axis.rank), (out_features, local))
-        self.weight = describe(nn.Parameter(torch.empty(out_features, local)), Initial("normal", std), (piece,))
-        _cut(self.weight, axis, 1)
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = _summed(describe(nn.Parameter(torch.empty(out_features)), Initial("zeros"), decay=False), axis)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave(F.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + self.bias
-
-
-class VocabEmbedding(nn.Module):
-    """ids (B, S) -> (B, s, H). Each tensor rank holds a range of the padded vocabulary and gives zero for the others' ids."""
-
-    def __init__(self, axis: TensorAxis, vocab_size: int, hidden_size: int, std: float) -> None:
-        super().__init__()
-        self.axis = axis
-        self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return embedding(ids, self.weight)
-        local = ids - self.first
-        ours = (local >= 0) & (local < self.weight.shape[0])
-        x = embedding(torch.where(ours, local, 0), self.weight) * ours[..., None].to(self.weight.dtype)
-        return leave(x, self.axis)
-
-
-class VocabHead(nn.Module):
-    """The output matrix (V, H), cut along the vocabulary, and a bias (V,). With tied embeddings pass the embedding's weight
-    instead."""
-
     def __init__(
         self,
         axis: TensorAxis,
-        hidden_size: int,
-        vocab_size: int,
+        context: ContextAxis,
+        in_features: int,
+        out_features: int,
+        bias: bool,
         std: float,
-        backend: Wish = "auto",
-        bias: bool = False,
+        lora: LoRA | None,
     ) -> None:
         super().__init__()
-        self.axis, self.vocab_size, self.backend = axis, vocab_size, backend
-        self.weight, self.first = _vocabulary_rows(axis, vocab_size, hidden_size, std)
-        self.bias = _vocabulary_bias(axis, vocab_size) if bias else None
+        self.axis, self.context, self.lora = axis, context, lora
+        local = in_features // axis.size
+        piece = Piece("", (out_features, in_features), (0, local * axis.rank), (out_features, local))
+        self.weight = describe(nn.Parameter(torch.empty(out_features, local)), Initial("normal", std), (piece,))
+        mark_cut(self.weight, axis, 1)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = mark_summed(
+                describe(nn.Parameter(torch.empty(out_features)), Initial("zeros"), decay=False), axis
+            )
+        if lora is not None:
+            self.lora_a, self.lora_b = row_factors(axis, in_features, out_features, lora)
 
-    def tie(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-
-    def forward(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        count_correct: bool = False,
-    ) -> Tensor:
-        """Sum over the targets of the cross-entropy, float32 scalar, the same on every tensor rank; with count_correct
-        (2,): behind it how many of these targets have the highest logit, without gradient.
-
-        x (B, s, H); targets (B, S) ids; mask (B, S), 1.0 where the target counts; smoothing and z_loss as in
-        `kernels.cross_entropy.linear_cross_entropy`.
-        """
-        x = enter(x, self.axis)
-        group = self.axis.group if self.axis.size > 1 else None
-        loss = linear_cross_entropy(
-            x,
-            self.weight,
-            targets,
-            mask,
-            vocab_size=self.vocab_size,
-            bias=self.bias,
-            first_class=self.first,
-            group=group,
-            smoothing=smoothing,
-            z_loss=z_loss,
-            backend=self.backend,
-        )
-        return torch.stack((loss, self._correct(x, targets, mask))) if count_correct else loss
-
-    @torch.no_grad()
-    def _correct(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Of several logits that are as high the lowest id counts as the highest."""
-        logits = F.linear(x, self.weight, self.bias).float()
-        real = max(0, min(logits.shape[-1], self.vocab_size - self.first))
-        columns = torch.arange(logits.shape[-1], device=x.device)
-        highest, index = torch.where(columns < real, logits, -torch.inf).max(dim=-1)
-        best = torch.where(highest > -torch.inf, index + self.first, self.vocab_size)
-        if self.axis.size > 1:
-            over = highest.clone()
-            torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=self.axis.group)
-            best = torch.where(highest == over, best, self.vocab_size)
-            torch.distributed.all_reduce(best, op=torch.distributed.ReduceOp.MIN, group=self.axis.group)
-        return ((best == targets).float() * mask).sum()
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, S, V) float32, whole, without the padding; for generation and evaluation, no gradient."""
-        y = F.linear(enter(x, self.axis), self.weight, self.bias).float()
-        if self.axis.size > 1:
-            shares = [torch.empty_like(y) for _ in range(self.axis.size)]
-            torch.distributed.all_gather(shares, y.contiguous(), group=self.axis.group)
-            y = torch.cat(shares, dim=-1)
-        return y[..., : self.vocab_size]
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """keys (B,): of the samples, for dropout before LoRA."""
+        alone = self.axis.size == 1
+        y = F.linear(x, self.weight, self.bias if alone else None)
+        if self.lora is not None:
+            first = x.shape[-1] * self.axis.rank
+            thin = dropped(x, self.lora, keys, self.context, first) if self.training else x
+            y = torch.add(y, F.linear(F.linear(thin, self.lora_a), self.lora_b), alpha=self.lora.scale)
+        if alone:
+            return y
+        y = leave(y, self.axis)
+        return y if self.bias is None else y + self.bias
 
 
 class Norm(nn.Module):
@@ -370,10 +302,12 @@ class Norm(nn.Module):
         super().__init__()
         self.kind, self.epsilon, self.backend = kind, epsilon, backend
         weight = describe(nn.Parameter(torch.empty(hidden_size)), Initial("ones"), decay=False)
-        self.weight = _summed(weight, axis)
+        self.weight = mark_summed(weight, axis)
         self.bias: nn.Parameter | None = None
         if bias and kind == "layer":
-            self.bias = _summed(describe(nn.Parameter(torch.empty(hidden_size)), Initial("zeros"), decay=False), axis)
+            self.bias = mark_summed(
+                describe(nn.Parameter(torch.empty(hidden_size)), Initial("zeros"), decay=False), axis
+            )
 
     def forward(
         self,
@@ -393,71 +327,7 @@ class Norm(nn.Module):
         return add_norm(x, residual, *weights, layer=layer, backend=self.backend, **places)  # type: ignore[arg-type]
 
 
-# -- at the edges of the tensor-parallel region: megatron-core's collectives, along our sequence dimension -----------
-
-
-def enter(x: Tensor, axis: TensorAxis) -> Tensor:
-    """Before a column-parallel product: gather the sequence, or copy with an all-reduce of the gradient."""
-    if axis.size == 1:
-        return x
-    from megatron.core.tensor_parallel import mappings
-
-    if not axis.sequence:
-        return mappings.copy_to_tensor_model_parallel_region(x, group=axis.group)
-    gathered = mappings.gather_from_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=axis.group)
-    return gathered.transpose(0, 1)
-
-
-def leave(x: Tensor, axis: TensorAxis) -> Tensor:
-    """After a row-parallel product: sum over the tensor ranks, keeping only this rank's slice of a cut sequence."""
-    if axis.size == 1:
-        return x
-    from megatron.core.tensor_parallel import mappings
-
-    if not axis.sequence:
-        return mappings.reduce_from_tensor_model_parallel_region(x, group=axis.group)
-    scattered = mappings.reduce_scatter_to_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=axis.group)
-    return scattered.transpose(0, 1)
-
-
-def _vocabulary_rows(axis: TensorAxis, vocab_size: int, hidden_size: int, std: float) -> tuple[nn.Parameter, int]:
-    """This rank's rows of a (V, H) matrix, padded in memory only, and the id of its first row."""
-    rows = padded_vocabulary(vocab_size) // axis.size
-    first = rows * axis.rank
-    real = max(0, min(rows, vocab_size - first))
-    piece = Piece("", (vocab_size, hidden_size), (min(first, vocab_size), 0), (real, hidden_size))
-    weight = describe(nn.Parameter(torch.empty(rows, hidden_size)), Initial("normal", std), (piece,))
-    return _cut(weight, axis, 0), first
-
-
-def _vocabulary_bias(axis: TensorAxis, vocab_size: int) -> nn.Parameter:
-    """Of this rank's rows (V,)."""
-    rows = padded_vocabulary(vocab_size) // axis.size
-    first = min(rows * axis.rank, vocab_size)
-    piece = Piece("", (vocab_size,), (first,), (max(0, min(rows, vocab_size - first)),))
-    bias = describe(nn.Parameter(torch.empty(rows)), Initial("zeros"), (piece,), decay=False)
-    _cut(bias, axis, 0)
-    return bias
-
-
 def _slice(x: Tensor, count: int, number: int) -> Tensor:
     """The number-th of `count` equal parts of the sequence (dimension 1)."""
     rows = x.shape[1] // count
     return x[:, number * rows : (number + 1) * rows] if count > 1 else x
-
-
-def _cut(parameter: Any, axis: TensorAxis, dim: int) -> Any:
-    """Mark a share of a logical tensor, so that norms count it once for each rank (megatron-core's and DeepSpeed's flag)."""
-    if parameter is not None and axis.size > 1:
-        parameter.tensor_model_parallel = True
-        parameter.partition_dim = dim
-        parameter.partition_stride = 1
-    return parameter
-
-
-def _summed(parameter: nn.Parameter, axis: TensorAxis) -> nn.Parameter:
-    """Mark a replicated parameter that sees only this rank's slice of the sequence: the engine sums the gradients of all
-    such over the group (`parallel.gradients.sum_slices`)."""
-    if axis.sequence and axis.size > 1:
-        parameter.sequence_parallel = True  # type: ignore[attr-defined]
-    return parameter

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parallel.averaging import Averaging, buckets_of
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, frozen_shares, parted
 from parallel.gradients import global_norm, sum_slices, sum_tied
 from parallel.grid import Grid
 from parallel.stages import Stage, parameter_paths
@@ -24,12 +24,10 @@ class PlainEngine(Counted):
     backward produces them (bfloat16 accumulation loses the small ones).
     """
 
-    replicated = True
-
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         self.grid, self.options, self.tied = grid, options, tied
         self.modules: Sequence[Any] = stages
-        self.names = parameter_paths(stages)
+        self.names, self.frozen = parted(parameter_paths(stages))
         self.optimizer = adamw(self.names, options)
         self.parameters: list[nn.Parameter] = []
         self.masters: list[nn.Parameter] = []
@@ -56,9 +54,8 @@ class PlainEngine(Counted):
                 master.grad, parameter._hp_grad = parameter._hp_grad, None  # type: ignore[attr-defined]
         gradients = [master.grad for master in self.masters if master.grad is not None]
         assert len(gradients) == len(self.masters), "a parameter took no part in the loss"
-        norm = global_norm(
-            self.parameters, gradients, self.grid.tensor.rank, self.grid.model_group, self.optimizer.square_sum
-        )
+        rank, group = self.grid.tensor.rank, self.grid.model_group
+        norm = global_norm(self.parameters, gradients, rank, group, self.optimizer.square_sum, self.grid.device)
         applied = self.optimizer.bound(norm, self.options.clip_norm)
         self._set_rate(learning_rate)
         self.optimizer.step()
@@ -74,7 +71,9 @@ class PlainEngine(Counted):
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             state = self.optimizer.state[master]
             moments = {name: state[name].view(-1) for name in MOMENTS}
-            yield Share(self.names[parameter], parameter, 0, parameter.numel(), master.data.view(-1), moments)
+            flat = master.data.view(-1)
+            yield Share(self.names[parameter], parameter, 0, parameter.numel(), flat, moments, replicated=True)
+        yield from frozen_shares(self.frozen)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel import library
 from parallel.averaging import BUCKET, Averaging, Bucket, buckets_of
-from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw
+from parallel.engine import MOMENTS, AdamWOptions, Counted, Share, Step, adamw, frozen_shares, parted
 from parallel.gradients import accumulated, is_sliced, sum_flat, sum_slices, sum_slices_in_backward, sum_tied
 from parallel.grid import Grid
 from parallel.layout import Layout
@@ -29,12 +29,10 @@ class DeepSpeedEngine(Counted):
     for which DeepSpeed arms its hooks when it is itself called: there it takes the place of the one stage.
     """
 
-    replicated = False
-
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         layout = grid.layout
         self.grid, self.options, self.tied, self.stage = grid, options, tied, layout.zero
-        self.names = parameter_paths(stages)
+        self.names, self.frozen = parted(parameter_paths(stages))
         bf16 = next(iter(self.names)).dtype == torch.bfloat16
         self.optimizer = adamw(self.names, options)
         inside = layout.zero > 1
@@ -135,6 +133,7 @@ class DeepSpeedEngine(Counted):
             moments = {name: self.optimizer.state[flat][name].narrow(0, start, master.numel()) for name in MOMENTS}
             place = mapping.lp_fragment_address
             yield Share(path, parameter, place.start, place.numel, master, moments)
+        yield from frozen_shares(self.frozen)
 
     def _partition_of(self, fragment: Tensor) -> tuple[nn.Parameter, int]:
         """The flat partition that a fragment is a view of, and where it begins in it."""
@@ -155,6 +154,12 @@ class DeepSpeedEngine(Counted):
             flat = self.zero.fp32_partitioned_groups_flat[group]
             moments = {name: self.optimizer.state[flat][name].narrow(0, offset, real) for name in MOMENTS}
             yield Share(path, parameter, start, real, flat.data.narrow(0, offset, real), moments)
+        for parameter, path in self.frozen.items():
+            held = parameter.ds_tensor  # type: ignore[attr-defined]
+            start = self.grid.replica_rank * held.ds_numel
+            real = min(held.ds_numel, math.prod(parameter.local_shape) - start)  # type: ignore[attr-defined]
+            if real > 0:
+                yield Share(path, parameter, start, real, held.data.narrow(0, 0, real), {})
 
 
 def _joined(bucket: Bucket) -> Tensor:
@@ -164,7 +169,7 @@ def _joined(bucket: Bucket) -> Tensor:
 
 
 def _deepspeed_config(layout: Layout, bf16: bool, numel: int) -> dict[str, Any]:
-    """numel: of this rank's parameters."""
+    """numel: of this rank's parameters that learn."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters use it
         "gradient_accumulation_steps": 1,

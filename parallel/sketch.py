@@ -31,11 +31,14 @@ CHUNK = 1 << 22  # elements hashed at a time
 
 @torch.no_grad()
 def sketches(engine: Engine, grid: Grid, kind: str) -> dict[str, Sketch]:
-    """(BUCKETS,) float64 of every logical tensor, the same on every rank; kind: "weight" or a moment. Collective."""
+    """(BUCKETS,) float64 of every logical tensor that has it, the same on every rank; kind: "weight" or a moment.
+    Collective."""
     found: dict[str, Tensor] = {}
     for share in engine.shares():
-        ours = counts_once(share.parameter, grid.tensor.rank) and (not engine.replicated or grid.replica_rank == 0)
-        values = share.master if kind == "weight" else share.moments[kind]
+        ours = counts_once(share.parameter, grid.tensor.rank) and (not share.replicated or grid.replica_rank == 0)
+        values = share.master if kind == "weight" else share.moments.get(kind)
+        if values is None:
+            continue
         for name, piece, first, last in _intervals(share):
             total = found.setdefault(name, torch.zeros(BUCKETS, dtype=torch.float64, device=values.device))
             if ours:

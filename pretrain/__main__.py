@@ -94,6 +94,12 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    if args.features is not None:
+        from pretrain import features
+
+        return features.main(args)
+    if args.pool is not None:
+        raise UserError("--pool: has no effect without --features")
     from pretrain import predict
 
     return predict.main(args)
@@ -347,12 +353,23 @@ def _use_options(add: object) -> None:
     predict = add(
         "predict",
         _predict,
-        "What a fine-tuned model says of each example, as JSON lines.",
+        "What a fine-tuned model says of each example, or the hidden states of any encoder or decoder, as JSON lines.",
         "predict runs/reviews --input new.tsv --out labels.jsonl",
     )
     predict.add_argument("run_folder", metavar="RUN", help="folder of a fine-tuned run")
     predict.add_argument("--input", required=True, metavar="FILE", help="examples; labels are not needed")
     predict.add_argument("--out", required=True, metavar="FILE", help="new file for the predictions")
+    predict.add_argument(
+        "--features",
+        metavar="LAYERS",
+        help="hidden states instead, of any run, of layers: 0 (the embeddings), 0,6,12, --features=-1 (the last), --features=-4:",
+    )
+    predict.add_argument(
+        "--pool",
+        choices=("mean", "first", "tokens"),
+        help="with --features: the mean over a text's tokens (default), the state that stands for the text ([CLS]; of a "
+        "decoder the last), or every token's: of CoNLL a token's first word piece",
+    )
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
     predict.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     for command in (evaluate, predict):

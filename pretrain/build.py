@@ -18,6 +18,7 @@ from parallel.engine import AdamWOptions, Engine, set_weights
 from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.layers import Parts
+from parallel.logical import canonical
 from parallel.schedules import Schedule
 from parallel.stages import Stage, cuts, layers_of_parts
 from parallel.zero import make_engine
@@ -26,6 +27,7 @@ from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.models.make import make_model
 from pretrain.sizes import Sizes
+from pretrain.trainable import frozen_weights, layer_of
 
 Values = Callable[[str, nn.Parameter], torch.Tensor]
 # What `auto` gives Triton on a GPU. The others' kernels only once they are measured to be faster than torch.compile's.
@@ -69,7 +71,7 @@ def build_stages(
     """Raises UserError if a wished backend cannot compute what it is wished for."""
     chosen = {name: who for name, (who, _) in choose_kernels(config, grid, dtype).items() if name in Chosen._fields}
     parts = Parts(grid.tensor, grid.context, backends, Chosen(**chosen))
-    layout = grid.layout
+    layout, frozen = grid.layout, frozen_weights(config, shape)
     stages = []
     for cut in cuts(stage_layers(config, shape.vocab_size), layout.pipeline, grid.stage):
         try:
@@ -78,6 +80,7 @@ def build_stages(
             raise UserError(f"kernels.attention: {error}") from None
         for path, parameter in model.named_parameters():
             parameter.rate = learning_rate_of(path, config)  # type: ignore[attr-defined]
+            parameter.requires_grad_(canonical(path, parameter.pieces[0]) not in frozen)  # type: ignore[attr-defined]
         stages.append(Stage(model.to(grid.device, dtype), cut, compiled))
     return stages
 
@@ -85,12 +88,8 @@ def build_stages(
 def learning_rate_of(path: str, config: Config) -> float:
     """Of a parameter, as a share of the learning rate: 1 for what is above the blocks, layer_decay for the last block and
     its powers downwards, the embeddings at the bottom (Howard and Ruder 2018, section 3.2; Clark et al. 2020, "ELECTRA")."""
-    decay, names, model = config.optimizer.layer_decay, path.split("."), config.model
-    if "blocks" in names:
-        below = model.num_layers if names[0] == "decoder" else 0
-        return decay ** (model.total_layers - below - int(names[names.index("blocks") + 1]))  # type: ignore[no-any-return]
-    begins = any(name in ("embedding", "positions", "segments", "embedding_norm") for name in names)
-    return decay ** (model.total_layers + 1) if begins else 1.0  # type: ignore[no-any-return]
+    layer = layer_of(path, config.model)
+    return 1.0 if layer is None else config.optimizer.layer_decay ** (config.model.total_layers - layer)  # type: ignore[no-any-return]
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[int]:

@@ -115,14 +115,16 @@ def load_engine(checkpoint: Checkpoint, engine: Engine, grid: Grid) -> None:
     engine.publish()
 
 
-def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Weights alone into a whole model, for generation and evaluation."""
+def load_weights(checkpoint: Checkpoint, module: nn.Module, beside: tuple[str, ...] = ()) -> None:
+    """Weights alone into a whole model, for generation and evaluation. beside: beginnings of the names of those that the
+    checkpoint may have beyond the model's."""
     wanted, copies = [], []
     for path, parameter in module.named_parameters():
         values = torch.zeros(parameter.shape, dtype=torch.float32)
         wanted += _wanted(path, parameter, 0, parameter.shape[0], "weight", values)
         copies.append((parameter, values))
-    beyond = sorted(weight_shapes(checkpoint).keys() - {want.tensor for want in wanted})
+    held = {name for name in weight_shapes(checkpoint) if not name.startswith(beside)}
+    beyond = sorted(held - {want.tensor for want in wanted})
     if beyond:
         raise UserError(f"{checkpoint.folder}: of another model; this one has no {beyond[0]!r:.80}")
     _read(checkpoint, wanted)

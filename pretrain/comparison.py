@@ -140,12 +140,12 @@ def _fault_of_tensors(found: dict[str, float], allowed: float, kind: str) -> Fau
 
 
 def without_noise(one: Trace) -> dict[str, Sketch]:
-    """Weights but those whose gradient was rounding noise at every step."""
+    """Weights but those whose gradient was rounding noise at every step. What does not learn has none."""
     norms = [_norm_of_all(gradient) for gradient in one.gradients]
     return {
         name: sketch
         for name, sketch in one.weights.items()
-        if any(_norm(g[name]) > NOISE * norm for g, norm in zip(one.gradients, norms, strict=True))
+        if any(name not in g or _norm(g[name]) > NOISE * norm for g, norm in zip(one.gradients, norms, strict=True))
     }
 
 

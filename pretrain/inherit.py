@@ -12,7 +12,7 @@ from pretrain.config.model import ModelConfig
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 
-OWN = ("initial", "reset")
+OWN = ("initial", "reset", "lora")
 # What may be another than the initial model's: it changes the training, not what its weights mean.
 FREE = (*OWN, "dropout", "embedding_dropout", "residual_dropout", "attention_dropout", "initial_scale")
 
@@ -64,7 +64,7 @@ def _shape_of_run(run: Path) -> dict[str, Any]:
 
     config = run_config(run)
     longest = max(config.data.seq_length, config.model.max_positions or 0)
-    return {**config.model.model_dump(mode="json"), "max_positions": longest, "initial": None, "reset": 0}
+    return {**config.model.model_dump(mode="json"), "max_positions": longest, "initial": None, "reset": 0, "lora": None}
 
 
 def _foreign_shape(folder: Path) -> dict[str, Any]:

@@ -7,24 +7,26 @@ initial model does not have begins at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from parallel.adapters import FACTORS
 from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.logical import canonical, view
 from pretrain import checkpoint
-from pretrain.checkpoint import read_box, weight_shapes
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import run_labels
 from pretrain.inherit import is_foreign
 from pretrain.loading import find_checkpoint
+from pretrain.merging import Merged
 from pretrain.runs import IMPORTED, run_config
 from pretrain.tasks.labels import LabelSet
+from pretrain.trainable import layer_of
 
 HEADS = ("task_head.", "pooler.", "transform.", "pair_head.", "head.")
 
@@ -36,33 +38,42 @@ class Start(NamedTuple):
     told: str
 
 
-def start_of(config: Config, grid: Grid, labels: LabelSet | None = None) -> Start:
-    """Where the weights begin. labels: of the task that is to be learned. Collective; raises UserError on every rank where
-    the initial model lacks some."""
+def start_of(config: Config, grid: Grid, frozen: Collection[str] = (), labels: LabelSet | None = None) -> Start:
+    """Where the weights begin. frozen: those that do not learn; labels: of the task that is to be learned. Collective;
+    raises UserError on every rank where the initial model lacks some."""
     seed = config.run.seed
     if config.model.initial is None or config.model.reset == "all":
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     if checkpoint.list_steps(Path(config.run.dir)):  # which is gone on from
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     run = _run(Path(config.model.initial), Path(config.run.dir), grid)
-    found, reset = find_checkpoint(run, None), (_first_reset(config), config.model.num_layers)
+    found, first = Merged(find_checkpoint(run, None), run_config(run).model), _first_reset(config)
     # The head of another task, or for other labels, is none for this one, whatever its shape.
     left = () if _same_task(run, config, labels) else ("task_head.",)
-    shapes = {name: shape for name, shape in weight_shapes(found).items() if not name.startswith(left)}
+    shapes = {name: shape for name, shape in found.shapes.items() if not name.startswith(left)}
+
+    def is_reset(name: str) -> bool:
+        layer = layer_of(name, config.model)
+        return layer is not None and layer >= first
+
+    begin = (name for name in frozen if not name.endswith(FACTORS))
+    if random := sorted(name for name in begin if name not in shapes or is_reset(name)):
+        field = "optimizer.freeze" if config.model.lora is None else "model.lora"
+        raise UserError(f"{field}: {random[0]} would begin at random weights and never learn")
 
     def values(path: str, parameter: nn.Parameter) -> Tensor:
         made = initial_values(path, parameter, seed)
         for piece in parameter.pieces:  # type: ignore[attr-defined]
             name = canonical(path, piece)
-            if name in shapes and not _is_reset(name, *reset):
+            if name in shapes and not is_reset(name):
                 if shapes[name] != piece.shape:
                     raise UserError(f"{found.folder}: {name} is {shapes[name]}, this model's {piece.shape}")
-                view(made, piece).copy_(read_box(found, name, piece.offset, piece.size))
-            elif not name.startswith(HEADS) and not _is_reset(name, *reset):
+                view(made, piece).copy_(found.read_box(name, piece.offset, piece.size))
+            elif not (name.startswith(HEADS) or name.endswith(FACTORS) or is_reset(name)):
                 raise UserError(f"{found.folder}: lacks {name}, which this model needs")
         return made
 
-    return Start(values, f"from {config.model.initial}, step {found.state.step}")
+    return Start(values, f"from {config.model.initial}, step {found.checkpoint.state.step}")
 
 
 def _same_task(run: Path, config: Config, labels: LabelSet | None) -> bool:
@@ -73,14 +84,6 @@ def _first_reset(config: Config) -> int:
     """The first layer that begins at random, counted through the model: a decoder's are behind its encoder's."""
     assert config.model.reset != "all"
     return config.model.total_layers - config.model.reset
-
-
-def _is_reset(name: str, first: int, below: int) -> bool:
-    """below: layers of the encoder under a decoder."""
-    parts = name.split(".")
-    if "blocks" not in parts:
-        return False
-    return int(parts[parts.index("blocks") + 1]) + (below if parts[0] == "decoder" else 0) >= first
 
 
 def _run(initial: Path, run: Path, grid: Grid) -> Path:

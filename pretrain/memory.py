@@ -18,15 +18,15 @@ and c context ranks. r = B S / c rows of this context rank, s those between the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from parallel.layout import Layout
-from pretrain.config.model import GATED, ModelConfig, layer_parameters, pooler_parameters
+from pretrain.config.model import GATED, ModelConfig, layer_parameters, lora_parameters, pooler_parameters
 from pretrain.config.run import Config
 
 FLOAT = 4  # bytes
-VOCABULARY_MULTIPLE = 128  # parallel.layers
+VOCABULARY_MULTIPLE = 128  # parallel.vocabulary
 BUCKET = 2**23  # elements of a flat reduction, parallel.averaging
 GATHERED = 10**9  # elements that DeepSpeed's ZeRO-3 keeps whole at most (stage3_max_live_parameters)
 DROPOUT_BYTES = 25  # a pair of a block of queries: probabilities, the hash of its places step by step, the mask
@@ -50,6 +50,17 @@ class Memory(NamedTuple):
         return self.weights + self.optimizer + self.gradients + self.buffers + self.activations + self.working
 
 
+class Frozen(NamedTuple):
+    """What of a rank's model does not learn: `elements` of its weights, and blocks from the bottom of the model with nothing
+    in or below them that does, which keep no activations. A weight further up is counted as if its product kept its input."""
+
+    elements: int = 0
+    blocks: int = 0
+
+
+ALL_LEARN = Frozen()
+
+
 @dataclass(frozen=True)
 class Place:
     """A rank's part of the model: layers of each of its chunks, and whether it has the model's ends."""
@@ -61,6 +72,7 @@ class Place:
     first: bool
     last: bool
     stage: int
+    frozen: Frozen = ALL_LEARN
 
     @property
     def model(self) -> ModelConfig:
@@ -110,15 +122,24 @@ class Place:
 
 
 def memory(
-    config: Config, layout: Layout, layers: Sequence[int], vocab_size: int, stage: int = 0, size: int | None = None
+    config: Config,
+    layout: Layout,
+    layers: Sequence[int],
+    vocab_size: int,
+    stage: int = 0,
+    size: int | None = None,
+    frozen: Frozen = ALL_LEARN,
 ) -> Memory:
     """Of a rank of pipeline stage `stage`; layers: of each part of the pipeline (`pretrain.build.stage_layers`); size:
-    sequences a step over all ranks, the config's unless given. precision.compute must be decided."""
-    place = _place(config, layout, layers, vocab_size, stage)
+    sequences a step over all ranks, the config's unless given; frozen: of the rank (`pretrain.trainable.frozen_on`).
+    precision.compute must be decided."""
+    place = replace(_place(config, layout, layers, vocab_size, stage), frozen=frozen)
     micro_batches = (size or config.batch.size) // layout.data // config.batch.micro_size
     states = _states(place)
+    begin = frozen.blocks if place.first else 0  # what a stage receives has a gradient in any case
     held = [sum(saved_by_layer(place, layer) for layer in chunk) for chunk in place.chunks]
-    held[0] += _embedding(place) if place.first else 0
+    held[0] = sum(saved_by_layer(place, layer) for layer in place.chunks[0] if layer >= begin)
+    held[0] += _embedding(place) if place.first and not frozen.blocks else 0
     held[-1] += _final(place) if place.last else 0
     held = [bytes + (_exchanged(place) if layout.pipeline > 1 else 0) for bytes in held]
     flying = in_flight(layout, stage, micro_batches)
@@ -166,6 +187,7 @@ def parameters(place: Place) -> int:
     biased = 1 if model.biases else 0
     whole = (4 if biased and model.norm == "layer" else 2) * model.hidden_size + 2 * biased * model.hidden_size
     layer = (layer_parameters(model) - whole) // tensor + whole  # norms and row biases are not cut
+    layer += lora_parameters(model, tensor)
     count = layer * sum(len(chunk) for chunk in place.chunks)
     matrix = place.classes * model.hidden_size
     ends = [place.first, place.last] if not model.tie_embeddings else [place.first or place.last]
@@ -191,29 +213,30 @@ def _encoder_head(place: Place, norm: int) -> int:
 def _states(place: Place) -> _States:
     """Of the engine that `parallel.zero.make_engine` picks."""
     layout, count, element = place.layout, parameters(place), place.element
-    replicas = layout.data * layout.context
+    weights, replicas = element * count, layout.data * layout.context
+    whole, count = count, count - place.frozen.elements  # of those that learn
     if layout.zero == 0 or (replicas == 1 and not layout.offload):
         masters = 0 if element == FLOAT else FLOAT * count
         flat = FLOAT * min(BUCKET, count) if replicas > 1 else 0
-        return _States(element * count, masters + 2 * FLOAT * count, FLOAT * count, 0, 0, flat, 0, 0)
+        return _States(weights, masters + 2 * FLOAT * count, FLOAT * count, 0, 0, flat, 0, 0)
     share, bucket = -(-count // replicas), FLOAT * min(BUCKET, count)
     optimizer = 3 * FLOAT * share
     if layout.zero == 1 and element == FLOAT:
-        return _States(element * count, optimizer, FLOAT * count, 0, bucket, 0, 0, 0)
+        return _States(weights, optimizer, FLOAT * count, 0, bucket, 0, 0, 0)
     if layout.zero == 1:  # its accumulators stay between the steps, its bucket does not
-        return _States(element * count, optimizer, FLOAT * count, FLOAT * count, 0, 0, bucket, 0)
+        return _States(weights, optimizer, FLOAT * count, FLOAT * count, 0, 0, bucket, 0)
     if layout.zero == 2:
-        return _zero_2(place, count, share, optimizer)
-    weights = element * (share + min(count, GATHERED))
+        return _zero_2(place, weights, count, share, optimizer)
+    weights = element * (-(-whole // replicas) + min(whole, GATHERED))
     host = optimizer if layout.offload else 0
     return _States(weights, optimizer, FLOAT * share, FLOAT * share, bucket, 0, FLOAT * share, host)
 
 
-def _zero_2(place: Place, count: int, share: int, optimizer: int) -> _States:
+def _zero_2(place: Place, weights: int, count: int, share: int, optimizer: int) -> _States:
     """Its buckets hold gradients as they come, one while the other is reduced. Offloading keeps two more copies of the
     share's gradients, one of its weights, and two of the largest weight."""
     element, bucket = place.element, 2 * place.element * min(BUCKET, count)
-    weights, gradients = element * count, FLOAT * share
+    gradients = FLOAT * share
     if not place.layout.offload:
         return _States(weights, optimizer, gradients, 0, 0, bucket, 0, 0)
     largest = element * _largest(place)

@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     """What is known of a run when it begins."""
 
     parameters: int
+    frozen: int  # of these, that do not learn
     vocab_size: int
     samples_per_epoch: int
     total_steps: int
@@ -143,7 +144,8 @@ class Reporter(Silent):
             "mfu": flops_per_token(*shape, predicted, lengths),
             "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
         }
-        self.peak = peak * grid.world if peak else None
+        # The formula has every weight's gradient: no share of the peak is told where some have none.
+        self.peak = peak * grid.world if peak and not facts.frozen else None
 
     def __exit__(self, *_: object) -> None:
         self.terminal.close()
@@ -168,7 +170,8 @@ class Reporter(Silent):
         )
         epochs = facts.total_tokens / max(facts.samples_per_epoch * config.data.seq_length, 1)
         yield (
-            f"{self.folder}: {config.model.kind} of {short(facts.parameters)} parameters, {config.precision.compute}, "
+            f"{self.folder}: {config.model.kind} of {short(facts.parameters)} parameters{self._learning()}, "
+            f"{config.precision.compute}, "
             f"{facts.compiled}, on {where}, layout {self.grid.layout}"
         )
         folders = ", ".join(config.data.train_folders)
@@ -182,6 +185,11 @@ class Reporter(Silent):
             yield f"  not {reason}"
         if state.step:
             yield f"going on after step {state.step:,}"
+
+    def _learning(self) -> str:
+        parameters, frozen = self.facts.parameters, self.facts.frozen
+        share = (parameters - frozen) / parameters
+        return f", {short(parameters - frozen)} of which learn ({share:.2%})" if frozen else ""
 
     def say(self, *lines: str) -> None:
         self.terminal.say(*lines)
@@ -278,6 +286,7 @@ class Reporter(Silent):
             "samples": state.samples,
             **({"tokens": state.samples * self.config.data.seq_length} if self.unit == "tokens" else {}),
             "parameters": self.facts.parameters,
+            **({"trainable_parameters": self.facts.parameters - self.facts.frozen} if self.facts.frozen else {}),
             "loss": self.latest.get("loss"),
             "validation_loss": last,
             f"best_{self.criterion.replace(' ', '_')}": state.best_loss,

@@ -7,7 +7,7 @@ import signal
 from parallel.grid import start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
 from pretrain import agreement
-from pretrain.build import choose_precision
+from pretrain.build import choose_precision, stage_layers
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.heartbeat import Heartbeat
@@ -15,12 +15,16 @@ from pretrain.interrupt import Interrupt
 from pretrain.profile import Profile
 from pretrain.report import Reporter, Silent
 from pretrain.train import Run, train
+from pretrain.trainable import check_trainable
 
 
 def main(config: Config, sources: Sources, profile: int | None = None) -> int:
     """`python -m pretrain train` from a checked config and its data. profile: steps to be measured. Returns the exit
     code."""
-    with Heartbeat(*rank_and_world(), config.parallel.timeout) as heartbeat:
+    rank, world = rank_and_world()
+    layers = stage_layers(config, sources.sizes.vocab_size)
+    check_trainable(config, sources.sizes, Layout.of(config.parallel, world), layers)
+    with Heartbeat(rank, world, config.parallel.timeout) as heartbeat:
         return _main(config, sources, profile, heartbeat)
 
 

@@ -46,6 +46,7 @@ from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.sizes import parameters_of
+from pretrain.trainable import frozen_weights
 from pretrain.translation import Translations
 from pretrain.validation import Validation
 
@@ -100,7 +101,8 @@ class Run:
         self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
         self.objective = self._objective()
-        self.start = start_of(config, grid, None if sources.task is None else sources.task.labels)
+        self.frozen = frozen_weights(config, sources.sizes)
+        self.start = start_of(config, grid, self.frozen, None if sources.task is None else sources.task.labels)
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)
@@ -418,6 +420,7 @@ class Run:
         parts = [part for part in (getattr(sources.train, "examples", None), sources.examples) if part is not None]
         return Facts(
             parameters=parameters_of(self.config, sources.sizes),
+            frozen=sum(map(math.prod, self.frozen.values())),
             vocab_size=sources.vocabulary.size,
             samples_per_epoch=sources.train.samples_per_epoch,
             total_steps=self.plan.total_steps,

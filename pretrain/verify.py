@@ -25,6 +25,7 @@ from parallel.grid import start_grid
 from parallel.layout import Layout, ParallelConfig, Problem, layout_problems, rank_and_world
 from parallel.sketch import Sketch, logical_sizes, sketches
 from pretrain import ranks
+from pretrain.build import stage_layers
 from pretrain.comparison import Comparison, Trace, compare, spread
 from pretrain.config.load import load_config, problem_error, shapes_of
 from pretrain.config.run import Config
@@ -33,6 +34,7 @@ from pretrain.errors import UserError
 from pretrain.inherit import with_initial
 from pretrain.interrupt import Interrupt
 from pretrain.train import Run
+from pretrain.trainable import check_trainable
 
 
 def trace(config: Config, steps: int) -> Trace:
@@ -74,7 +76,13 @@ def main(args: Namespace) -> int:
         raise UserError(f"--steps {args.steps}: give at least 1")
     config = tiny(source) if args.tiny else source
     cases = _cases(config, args.layouts)
-    Sources.open(config)  # what is wrong with the shards is told once, here
+    sources = Sources.open(config)  # what is wrong with the shards is told once, here
+    for case in cases:
+        layout, layers = (
+            Layout.of(case.config.parallel, case.processes),
+            stage_layers(case.config, sources.sizes.vocab_size),
+        )
+        check_trainable(case.config, sources.sizes, layout, layers)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{args.config}{' at tiny sizes' if args.tiny else ''}: {args.steps} steps, against one process")
     found = []

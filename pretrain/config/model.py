@@ -31,6 +31,21 @@ class RopeScaling(Section):
             )
 
 
+class LoRAConfig(Section):
+    """Thin factors beside weights that do not learn (Hu et al. 2021)."""
+
+    rank: int = meaning(8, "rows of the first factor, columns of the second", ge=1)
+    alpha: float = meaning(16.0, "the factors' product counts alpha / rank times", gt=0)
+    targets: list[Literal["q", "k", "v", "out", "up", "gate", "down"]] = meaning(
+        ["q", "v"], "products of each layer that get factors, of q, k, v, out, up, gate, down"
+    )
+    dropout: float = meaning(0.0, "rate of what meets the first factor", ge=0, lt=1)
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.targets:
+            yield Problem("targets", "is empty", "name at least one, q and v as in the paper")
+
+
 class ModelConfig(Section):
     """Shape of the Transformer."""
 
@@ -42,6 +57,10 @@ class ModelConfig(Section):
     )
     reset: int | Literal["all"] = meaning(
         0, "with initial: layers from the top that begin at random weights all the same; all: every weight does"
+    )
+    lora: LoRAConfig | None = meaning(
+        None,
+        "with initial: train thin factors and the task's head alone, {rank, alpha, targets, dropout} (LoRA); null: none",
     )
     num_layers: int = meaning(6, "Transformer blocks; of an encoder-decoder the encoder's", ge=1)
     decoder_layers: int | None = meaning(None, "encoder-decoder: the decoder's blocks; null: num_layers", ge=1)
@@ -107,6 +126,10 @@ class ModelConfig(Section):
             yield Problem("decoder_layers", found, "remove it, or set kind: encoder-decoder")
         if self.kind == "encoder-decoder" and self.num_segments:
             yield Problem("segments", "an encoder-decoder has none", "remove it")
+        if self.lora is not None and self.initial is None:
+            yield Problem("lora", "adapts a trained model, and there is none", "name one as model.initial")
+        if self.lora is not None and self.reset:
+            yield Problem("reset", "begins layers at random weights, which lora leaves as they are", "remove one")
         windows = self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]
         if not windows or any(window is not None and window < 1 for window in windows):
             mend = "give tokens >= 1, null, or a list of these"
@@ -191,13 +214,26 @@ def layer_parameters(model: ModelConfig, cross: bool = False) -> int:
     return (1 + cross) * (attention + _norm_parameters(model)) + feed_forward + _norm_parameters(model)
 
 
+def lora_parameters(model: ModelConfig, tensor: int = 1, cross: bool = False) -> int:
+    """Weights of the factors of one block on one of `tensor` ranks: W (out, in) has rank x (in + out), of which the tensor
+    ranks share what W is cut along. cross: of a block that attends to an encoder too."""
+    if model.lora is None:
+        return 0
+    hidden, inner = model.hidden_size, model.feed_forward_size
+    queries, keys = model.num_heads * model.size_of_head, model.kv_heads * model.size_of_head
+    cut = {"q": queries, "k": keys, "v": keys, "out": queries, "up": inner, "gate": inner, "down": inner}
+    times = {name: 2 if cross and name in ("q", "k", "v", "out") else 1 for name in model.lora.targets}
+    return sum(count * model.lora.rank * (cut[name] // tensor + hidden) for name, count in times.items())
+
+
 def body_parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
     """Weights of the embeddings, the blocks and the final norm, the vocabulary without padding."""
     hidden = model.hidden_size
     table = max(seq_length, model.max_positions or 0) if model.positions == "learned" else 0
     norms = int(model.norm_position == "pre") + int(model.has_embedding_norm)
     rows = vocab_size + table + model.num_segments
-    return rows * hidden + model.num_layers * layer_parameters(model) + norms * _norm_parameters(model)
+    blocks = model.num_layers * (layer_parameters(model) + lora_parameters(model))
+    return rows * hidden + blocks + norms * _norm_parameters(model)
 
 
 def pair_parameters(model: ModelConfig, vocab_size: int, lengths: tuple[int, int]) -> int:
@@ -206,7 +242,8 @@ def pair_parameters(model: ModelConfig, vocab_size: int, lengths: tuple[int, int
     rows = sum(max(length, model.max_positions or 0) for length in lengths) if table else 0
     rows += vocab_size * (1 if model.tie_embeddings else 2)
     norms = 2 * (int(model.norm_position == "pre") + int(model.has_embedding_norm))
-    blocks = model.num_layers * layer_parameters(model) + model.layers_of_decoder * layer_parameters(model, cross=True)
+    blocks = model.num_layers * (layer_parameters(model) + lora_parameters(model))
+    blocks += model.layers_of_decoder * (layer_parameters(model, cross=True) + lora_parameters(model, cross=True))
     return rows * hidden + blocks + norms * _norm_parameters(model)
 
 

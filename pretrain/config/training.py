@@ -59,8 +59,15 @@ class OptimizerConfig(Section):
         1.0, "learning rate of each block as a share of the one above it; the embeddings' is the lowest", gt=0, le=1
     )
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
+    freeze: int | list[str] = meaning(
+        0,
+        "weights that do not learn: so many layers from the bottom, the embeddings with them, or a list of names such as "
+        'embedding, blocks.0 or "blocks.*.bias", each with all that is below it; 0: none',
+    )
 
     def problems(self) -> Iterator[Problem]:
+        if isinstance(self.freeze, int) and self.freeze < 0:
+            yield Problem("freeze", f"{self.freeze} layers", "give 0 or more, or a list of names")
         if not all(0 <= beta < 1 for beta in self.betas):
             yield Problem(
                 "betas", f"{list(self.betas)}: each must be at least 0 and below 1", "the usual are [0.9, 0.95]"

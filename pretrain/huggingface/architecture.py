@@ -240,7 +240,7 @@ def settings_of(model: ModelConfig, vocab_size: int, length: int) -> Settings:
     """Our options with the values that they take effect with. length: positions that the model was made for."""
     windows = [model.window(layer) for layer in range(model.num_layers)]
     return {
-        **model.model_dump(exclude={"initial", "reset"}),
+        **model.model_dump(exclude={"initial", "reset", "lora"}),
         "segments": model.num_segments,
         "embedding_norm": model.has_embedding_norm,
         "vocab_size": vocab_size,

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import Checkpoint, read_weight, weight_shapes
 from pretrain.config.run import Config
 from pretrain.data.folder import whole_folder
 from pretrain.errors import UserError
@@ -32,6 +31,7 @@ from pretrain.huggingface.rows import ModelClass, Row
 from pretrain.huggingface.tensors import INDEX, Planned, model_files, parts_of, write_model
 from pretrain.huggingface.vocabulary import Use
 from pretrain.loading import find_checkpoint
+from pretrain.merging import Merged
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary, vocabulary_of
@@ -52,10 +52,11 @@ def export(
 ) -> Exported:
     """Write the model of a run's newest checkpoint, or of one step's. Raises UserError, and leaves `out` as it was, where
     Hugging Face's architectures cannot express it."""
-    config, tokenizer, found = run_config(run), run_tokenizer(run), find_checkpoint(run, step)
+    config, tokenizer = run_config(run), run_tokenizer(run)
+    found = Merged(find_checkpoint(run, step), config.model)
     words = vocabulary_of(config, tokenizer)
     ours = settings_of(config.model, words.size, config.data.seq_length)
-    architecture, shapes = architecture_of(ours), weight_shapes(found)
+    architecture, shapes = architecture_of(ours), found.shapes
     try:
         kind = architecture.class_of(config.objective.kind, shapes)
         planned = plan(architecture, kind, ours, found)
@@ -76,13 +77,13 @@ def export(
     return Exported(kind.name, size, _notes(config, architecture, ours, tokenizer))
 
 
-def plan(architecture: Architecture, kind: ModelClass, ours: Settings, found: Checkpoint) -> list[Planned]:
+def plan(architecture: Architecture, kind: ModelClass, ours: Settings, found: Merged) -> list[Planned]:
     """Their tensors, each made of ours from the checkpoint when its turn comes. Raises Inexpressible."""
-    shapes = weight_shapes(found)
+    shapes = found.shapes
 
     def planned(row: Row) -> Planned:
         def make() -> Tensor:
-            return join(row, [read_weight(found, name) for name in row.ours], ours["num_heads"])
+            return join(row, [found.read(name) for name in row.ours], ours["num_heads"])
 
         return Planned(row.theirs, joined_shape(row, [shapes[name] for name in row.ours]), make)
 

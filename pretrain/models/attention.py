@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.backends import Backend, Call
+from parallel.adapters import LoRA
 from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
 
 SITES = 8  # dropout sites a layer; layer i's are 8 i + 1 ..., the embeddings' are among layer 0's
 EMBEDDING_SITE, ATTENTION_SITE, ATTENTION_RESIDUAL_SITE, FEED_FORWARD_RESIDUAL_SITE = 0, 1, 2, 3
 CROSS_SITE, CROSS_RESIDUAL_SITE, TARGET_EMBEDDING_SITE = 4, 5, 6
+LORA_SITE = 1 << 20  # far from the others; layer i's products have 8 i ... behind it, one site each
+QKV_PRODUCT, OUT_PRODUCT, UP_PRODUCT, DOWN_PRODUCT, CROSS_Q_PRODUCT, CROSS_KV_PRODUCT, CROSS_OUT_PRODUCT = range(7)
 
 
 class Role(NamedTuple):
@@ -150,11 +153,14 @@ class Attention(_Heads):
         self.choose(length, length, biased=config.positions == "alibi")
         queries, keys = config.num_heads * self.size, config.kv_heads * self.size
         outputs = {"q": queries, "k": keys, "v": keys}
-        self.qkv = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale)
-        self.out = parts.row(queries, config.hidden_size, config.biases, residual_scale(config))
+        number = role.first_layer + layer
+        lora = lora_of(config, tuple(outputs), number, QKV_PRODUCT)
+        self.qkv = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale, lora)
+        lora = lora_of(config, ("out",), number, OUT_PRODUCT)
+        self.out = parts.row(queries, config.hidden_size, config.biases, residual_scale(config), lora)
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
-        y = self.qkv(x)
+        y = self.qkv(x, keys=context.sample_keys)
         sizes = [self.heads * self.size, self.groups * self.size, self.groups * self.size]
         q, k, v = (part.unflatten(2, (-1, self.size)) for part in y.split(sizes, dim=-1))  # (B, S, n or g, D)
         if context.cos is not None and context.sin is not None:
@@ -171,7 +177,7 @@ class Attention(_Heads):
             keys=context.sample_keys,
             first_query=context.first,
         )
-        return self.out(z)  # type: ignore[no-any-return]
+        return self.out(z, context.sample_keys)  # type: ignore[no-any-return]
 
 
 class CrossAttention(_Heads):
@@ -185,14 +191,19 @@ class CrossAttention(_Heads):
         super().__init__(config, parts, causal=False, window=None, site=site)
         self.choose(length, memory_length, biased=False)
         queries, keys = config.num_heads * self.size, config.kv_heads * self.size
-        self.q = parts.column(config.hidden_size, {"": queries}, config.biases, config.initial_scale)
-        self.kv = parts.column(config.hidden_size, {"k": keys, "v": keys}, config.biases, config.initial_scale)
-        self.out = parts.row(queries, config.hidden_size, config.biases, residual_scale(config))
+        number, hidden, scale = role.first_layer + layer, config.hidden_size, config.initial_scale
+        lora = lora_of(config, ("q",), number, CROSS_Q_PRODUCT)
+        self.q = parts.column(hidden, {"q": queries}, config.biases, scale, lora)
+        lora = lora_of(config, ("k", "v"), number, CROSS_KV_PRODUCT)
+        self.kv = parts.column(hidden, {"k": keys, "v": keys}, config.biases, scale, lora)
+        lora = lora_of(config, ("out",), number, CROSS_OUT_PRODUCT)
+        self.out = parts.row(queries, hidden, config.biases, residual_scale(config), lora)
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
-        q = self.q(x).unflatten(2, (-1, self.size))
+        q = self.q(x, keys=context.sample_keys).unflatten(2, (-1, self.size))
         assert context.memory is not None or cache is not None, "a decoder takes the encoder's states"
-        k, v = self.keys_values(context.memory) if cache is None or cache.memory is None else cache.memory
+        held = None if cache is None else cache.memory
+        k, v = self.keys_values(context.memory, context.sample_keys) if held is None else held
         z = self.attend(
             q,
             k,
@@ -202,12 +213,21 @@ class CrossAttention(_Heads):
             query_documents=None if context.memory_documents is None else context.documents,
             keys=context.sample_keys,
         )
-        return self.out(z)  # type: ignore[no-any-return]
+        return self.out(z, context.sample_keys)  # type: ignore[no-any-return]
 
-    def keys_values(self, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, M, g, D) each, of the encoder's states (B, m, H)."""
-        k, v = self.kv(memory).unflatten(2, (-1, self.size)).chunk(2, dim=2)
+    def keys_values(self, memory: Tensor | None, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, M, g, D) each, of the encoder's states (B, m, H). keys (B,): of the samples."""
+        k, v = self.kv(memory, keys=keys).unflatten(2, (-1, self.size)).chunk(2, dim=2)
         return k, v
+
+
+def lora_of(config: ModelConfig, names: tuple[str, ...], number: int, product: int) -> LoRA | None:
+    """Of the number-th layer's product that holds these logical tensors, if any is a target."""
+    lora = config.lora
+    targets = () if lora is None else tuple(name for name in names if name in lora.targets)
+    if lora is None or not targets:
+        return None
+    return LoRA(targets, lora.rank, lora.alpha / lora.rank, lora.dropout, LORA_SITE + SITES * number + product)
 
 
 def residual_scale(config: ModelConfig) -> float:

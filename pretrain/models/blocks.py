@@ -22,13 +22,16 @@ from pretrain.config.model import ModelConfig
 from pretrain.models.attention import (
     ATTENTION_RESIDUAL_SITE,
     CROSS_RESIDUAL_SITE,
+    DOWN_PRODUCT,
     FEED_FORWARD_RESIDUAL_SITE,
     SITES,
+    UP_PRODUCT,
     Attention,
     Cache,
     Context,
     CrossAttention,
     Role,
+    lora_of,
     residual_scale,
 )
 
@@ -36,18 +39,20 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))); a gated activation has its gate and up in one product."""
+    """down(activation(up(x))); a gated activation has its gate and up in one product. number: of the layer in the model."""
 
-    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, number: int) -> None:
         super().__init__()
         size = config.feed_forward_size
         outputs = {"gate": size, "up": size} if config.activation in GATED else {"up": size}
         self.activation = parts.activation(config.activation)
-        self.up = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale)
-        self.down = parts.row(size, config.hidden_size, config.biases, residual_scale(config))
+        lora = lora_of(config, tuple(outputs), number, UP_PRODUCT)
+        self.up = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale, lora)
+        lora = lora_of(config, ("down",), number, DOWN_PRODUCT)
+        self.down = parts.row(size, config.hidden_size, config.biases, residual_scale(config), lora)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x, self.activation))
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.down(self.up(x, self.activation, keys), keys)
 
 
 class Block(nn.Module):
@@ -65,7 +70,7 @@ class Block(nn.Module):
             self.cross_norm = self._norm(config)
             self.cross = CrossAttention(config, parts, layer, length, role.memory_length, role)
         self.norm_2 = self._norm(config)
-        self.feed_forward = FeedForward(config, parts)
+        self.feed_forward = FeedForward(config, parts, self.number)
 
     def _norm(self, config: ModelConfig) -> nn.Module:
         return self.parts.norm(config.norm, config.hidden_size, config.norm_epsilon, config.biases)
@@ -79,13 +84,14 @@ class Block(nn.Module):
             y, x = self._add(self.cross_norm, y, x, context, site)
             y, site = self.cross(y, context, cache), CROSS_RESIDUAL_SITE
         y, x = self._add(self.norm_2, y, x, context, site)
-        return x + self._drop(self.feed_forward(y), context, FEED_FORWARD_RESIDUAL_SITE)
+        return x + self._drop(self.feed_forward(y, context.sample_keys), context, FEED_FORWARD_RESIDUAL_SITE)
 
     def _post(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         x, _ = self._add(self.norm_1, self.attention(x, context, cache), x, context, ATTENTION_RESIDUAL_SITE)
         if self.cross is not None:
             x, _ = self._add(self.cross_norm, self.cross(x, context, cache), x, context, CROSS_RESIDUAL_SITE)
-        return self._add(self.norm_2, self.feed_forward(x), x, context, FEED_FORWARD_RESIDUAL_SITE)[0]
+        fed = self.feed_forward(x, context.sample_keys)
+        return self._add(self.norm_2, fed, x, context, FEED_FORWARD_RESIDUAL_SITE)[0]
 
     def _add(self, norm: nn.Module, x: Tensor, residual: Tensor, context: Context, site: int) -> tuple[Tensor, Tensor]:
         """The norm of residual + dropout(x), and that sum: one pass where Triton computes norms."""

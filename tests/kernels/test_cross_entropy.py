@@ -259,6 +259,28 @@ def test_cross_entropy_of_logits_is_torchs() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_does_not_learn_has_no_gradient_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other gradients are the same; those of a bias alone are made too."""
+    case, bias = make_case(50, 64), torch.zeros(64, dtype=torch.float64, requires_grad=True)
+    small_chunks(monkeypatch, 10)
+    options = {"vocab_size": 50, "bias": bias}
+    expected = torch.autograd.grad(linear_cross_entropy(*case, **options), (case.x, bias))
+    products: list[tuple[int, ...]] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            products.extend([tuple(made.shape)] if function is torch.ops.aten.mm.default else [])
+            return made
+
+    with Counting():
+        loss = linear_cross_entropy(case.x, case.weight.detach(), case.targets, case.mask, **options)
+    assert (64, HIDDEN) not in products and products
+    assert all(map(torch.equal, torch.autograd.grad(loss, (case.x, bias)), expected))
+    alone = linear_cross_entropy(case.x.detach(), case.weight.detach(), case.targets, case.mask, **options)
+    assert torch.equal(*torch.autograd.grad(alone, bias), expected[1])
+
+
 # -- the vocabulary cut over ranks -------------------------------------------------------------------------------------
 
 VOCABULARIES = [(50, 64), (64, 64), (17, 64), (3, 64)]  # with 3 or 17 real rows some ranks hold padding alone

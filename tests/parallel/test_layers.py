@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.adapters import LoRA
+from parallel.axes import TensorAxis
 from parallel.gradients import sum_slices
 from parallel.grid import start_grid
-from parallel.layers import Parts, TensorAxis, padded_vocabulary
+from parallel.layers import Parts
 from parallel.layout import Layout, rank_and_world
 from parallel.logical import Piece, logical_tensors, view
+from parallel.vocabulary import padded_vocabulary
 from tests.distributed import run_ranks
 
 B, S, H, FEATURES = 3, 8, 12, 16  # batch, sequence, hidden, inner features
@@ -112,6 +115,33 @@ def check_linear(axis: TensorAxis) -> None:
         check(methodcaller("row", FEATURES, H, bias, 0.1), axis, inner, Sides(-1, cut), [])
 
 
+class Keyed(nn.Module):
+    """A layer that is given the samples' keys, for the dropout before LoRA's factors."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, keys=torch.arange(B, dtype=torch.int32))
+
+
+def check_lora(axis: TensorAxis) -> None:
+    cut = 1 if axis.sequence else None
+    x, inner = numbers(B, S, H, seed=1), numbers(B, S, FEATURES, seed=2)
+    outputs, lora = {"q": 16, "k": 8, "v": 8}, LoRA(("q", "v"), 3, 0.5, dropout=0.3, site=9)
+    sides = Sides(cut, -1), Sides(-1, cut)
+    check(lambda parts: Keyed(parts.column(H, outputs, True, 0.1, lora)), axis, x, sides[0], [*outputs.values()])
+    check(
+        lambda parts: Keyed(parts.column(H, {"up": 16}, False, 0.1, lora._replace(targets=("up",)))),
+        axis,
+        x,
+        sides[0],
+        [],
+    )
+    check(lambda parts: Keyed(parts.row(FEATURES, H, True, 0.1, lora)), axis, inner, sides[1], [])
+
+
 def check_qkv_rows(axis: TensorAxis) -> None:
     """A fused share holds its chunk of each of q, k and v, one after the other: cut by hand."""
     wholes = {name: numbers(count, H, seed=count) for name, count in {"q": 16, "k": 8, "v": 4}.items()}
@@ -180,7 +210,7 @@ def check_head(axis: TensorAxis, size: int, targets: Tensor) -> None:
     assert padding.numel() == padded_vocabulary(size) // axis.size * H - piece.size[0] * H and not padding.any()
 
 
-CHECKS = (check_linear, check_qkv_rows, check_norms, check_table, check_vocabulary)
+CHECKS = (check_linear, check_lora, check_qkv_rows, check_norms, check_table, check_vocabulary)
 
 
 def check_layers(sequence: bool) -> None:

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.backends import Backends
+from parallel.axes import ContextAxis, TensorAxis
 from parallel.grid import Grid
-from parallel.layers import ContextAxis, TensorAxis
 from parallel.layout import Layout, ParallelConfig, Problem, Shapes, layout_problems
 from parallel.logical import logical_tensors
 from parallel.stages import cuts, layers_of_parts

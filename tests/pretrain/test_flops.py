@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.layers import ContextAxis, Parts, TensorAxis
+from parallel.axes import ContextAxis, TensorAxis
+from parallel.layers import Parts
 from pretrain.config.model import ModelConfig, parameter_count
 from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops, visible_pairs
 from pretrain.models.bert import BERT

@@ -245,7 +245,7 @@ def _none() -> Iterator[None]:
 
 @contextmanager
 def _no_sum_over_slices() -> Iterator[None]:
-    with mock.patch("parallel.layers._summed", lambda parameter, axis: parameter):
+    with mock.patch("parallel.layers.mark_summed", lambda parameter, axis: parameter):
         yield
 
 

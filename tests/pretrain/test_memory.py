@@ -23,6 +23,7 @@ from pretrain.objectives.batch import Batch, MaskedBatch
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.masked import Masked, Symbols
 from pretrain.sizes import Sizes
+from pretrain.trainable import frozen_on
 from tests.distributed import run_ranks
 
 VOCABULARY = 300
@@ -86,7 +87,7 @@ def batch_of(config: Config) -> Batch | MaskedBatch:
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
-    from parallel.layers import TensorAxis
+    from parallel.axes import TensorAxis
 
     config = config_of(MODELS[name])
     layers = [2, 1]
@@ -96,6 +97,18 @@ def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
             model = make_model(config, Parts(TensorAxis(tensor, 0)), Sizes(VOCABULARY), cut.layers, cut.first, cut.last)
         place = memory._place(config, Layout(tensor=tensor, pipeline=2), layers, VOCABULARY, stage)
         assert memory.parameters(place) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_parameters_with_loras_factors_are_those_of_the_model(tensor: int) -> None:
+    from parallel.axes import TensorAxis
+
+    lora = {"rank": 3, "targets": ["q", "k", "out", "gate", "down"]}
+    config = config_of({**LLAMA, "initial": "a run", "lora": lora})
+    with torch.device("meta"):
+        model = make_model(config, Parts(TensorAxis(tensor, 0)), Sizes(VOCABULARY))
+    place = memory._place(config, Layout(tensor=tensor), [3], VOCABULARY, 0)
+    assert memory.parameters(place) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
@@ -167,8 +180,8 @@ def alive(profiler: Any) -> list[int]:
     ],
 )
 def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int, recompute: Any) -> None:
+    from parallel.axes import ContextAxis, TensorAxis
     from parallel.grid import Grid
-    from parallel.layers import ContextAxis, TensorAxis
 
     config = config_of(MODELS[model], compute, micro, recompute=recompute)
     grid = Grid(Layout(), 0, 1, torch.device("cpu"), TensorAxis(), ContextAxis(), 0, 0, 0, None, None, None, None)
@@ -184,6 +197,17 @@ def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int
     assert max(alive(profiler)) == pytest.approx(expected, rel=0.05)
 
 
+def test_the_peak_with_frozen_layers_is_the_formulas() -> None:
+    """No moments of theirs, no gradients, and no activations of those below all that learns."""
+    base = config_of({**GPT2, "tie_embeddings": False, "num_layers": 4})
+    values = {**base.model_dump(mode="json"), "optimizer": {"freeze": 3}}
+    frozen = Config.model_validate(values)
+    peaks = [run_ranks(1, peak_in_rank, config)[0] for config in (frozen, base)]
+    for measured, expected in peaks:
+        assert expected == pytest.approx(measured, rel=0.05)
+    assert peaks[0][0] < 0.5 * peaks[1][0]
+
+
 def peak_in_rank(config: Config) -> tuple[int, int]:
     """In a rank: the peak of two steps, and the formula's."""
     layout = Layout.of(config.parallel, rank_and_world()[1])
@@ -195,7 +219,8 @@ def peak_in_rank(config: Config) -> tuple[int, int]:
             with torch.profiler.record_function(MARK if step else "first"):  # which makes what stays
                 built.schedule.run([batch_of(config)] * count, scale=1.0)
             built.engine.step(1e-3)
-    expected = memory.memory(config, layout, stage_layers(config, VOCABULARY), VOCABULARY, grid.stage)
+    frozen = frozen_on(built.stages, config.model)
+    expected = memory.memory(config, layout, stage_layers(config, VOCABULARY), VOCABULARY, grid.stage, frozen=frozen)
     return max(alive(profiler)), expected.peak
 
 

@@ -48,7 +48,7 @@ def planted(plant: Callable[[], Any] | None, config: Config) -> comparison.Trace
 
 
 def no_sum_of_norm_gradients() -> Any:
-    return mock.patch("parallel.layers._summed", lambda parameter, axis: parameter)
+    return mock.patch("parallel.layers.mark_summed", lambda parameter, axis: parameter)
 
 
 def tied_embedding_twice() -> Any:

@@ -52,6 +52,7 @@ CANDIDATES = (
     [3, 3],
     [0.5, 0.5],
     {"kind": "ntk"},
+    {"rank": 2},
     "120 steps",
     "7 steps",
     *WORDS,
@@ -87,6 +88,8 @@ TASKS = {kind: task(kind) for kind in ("classification", "question-answering")}
 
 def base_of(path: str) -> Config:
     """In which a field has an effect."""
+    if path == "model.lora":
+        return TASKS["classification"]
     field = path.removeprefix("objective.")
     kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
     special = {"model.decoder_layers": "prefix", "monitor.translate_pairs": "sequence-to-sequence"}

@@ -95,7 +95,7 @@ def write_run(
     """A run of one checkpoint, as training leaves it, moments and all. Its biases and norms are away from 0 and 1, so that
     none can be missing unseen."""
     values = {
-        "model": options if objective is None else {**options, "initial": "another"},
+        "model": options if objective is None and "lora" not in options else {**options, "initial": "another"},
         "objective": objective_of(name) if objective is None else objective,
         "data": {"seq_length": length},
         "run": {"dir": str(run)},
@@ -115,9 +115,9 @@ def write_run(
     initialise(model, 1)
     with torch.no_grad():
         for path, piece, parameter in logical_tensors(model):
-            if parameter.dim() == 1:
-                part = view(parameter, piece)
-                part.add_(noise.normal(noise.key(2, path), piece.shape, (0,), piece.shape), alpha=0.1)
+            if parameter.dim() == 1 or path.endswith("lora_b"):
+                part, zeros = view(parameter, piece), (0,) * parameter.dim()
+                part.add_(noise.normal(noise.key(2, path), piece.shape, zeros, piece.shape), alpha=0.1)
     weights = {name: view(p.detach(), piece).clone() for name, piece, p in logical_tensors(model)}
     moments = {f"{kind}/{name}": w * 0 for name, w in weights.items() for kind in ("exp_avg", "exp_avg_sq")}
     save(run, 7, {**weights, **moments})

@@ -9,7 +9,7 @@ from pretrain.huggingface.architecture import Architecture
 from pretrain.huggingface.architectures import KNOWN
 
 # What says nothing of a trained model: where it began, and the rate where no other is given.
-OF_TRAINING = {"dropout", "scale_initial_by_depth", "initial", "reset"}
+OF_TRAINING = {"dropout", "scale_initial_by_depth", "initial", "reset", "lora"}
 
 
 def unknown(architecture: Architecture) -> set[str]:

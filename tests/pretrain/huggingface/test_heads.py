@@ -144,6 +144,27 @@ def test_a_fine_tuned_run_goes_with_its_outputs_and_labels_and_comes_back_bitwis
     assert outputs_of(load_model(tmp_path / "again").model, kind).equal(outputs_of(model, kind))
 
 
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [(BERT, ["q", "k", "out", "up"]), (LLAMA, ["v", "gate", "down"]), (GPT2, ["q", "up", "down"])],
+)
+def test_loras_factors_are_merged_into_what_is_exported(
+    tmp_path: Path, tokenizer: Tokenizer, options: dict[str, Any], targets: list[str]
+) -> None:
+    """transformers' model gives the run's outputs, and does not without the factors."""
+    lora = {"rank": 3, "alpha": 12.0, "targets": targets, "dropout": 0.1}
+    task = {"objective": task_of("classification"), "labels": LABELS["classification"]}
+    model = write_run(tmp_path / "run", {**options, "lora": lora, "initial_scale": 0.2}, tokenizer, **task)
+    export(tmp_path / "run", tmp_path / "out", say=quiet)
+    theirs = theirs_of(tmp_path / "out")
+    assert_same_outputs(model, theirs, "classification")
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.zero_()
+    with pytest.raises(AssertionError):
+        assert_same_outputs(model, theirs, "classification")
+
+
 BERT_SIZES = {**LLAMA_SIZES, "layer_norm_eps": 1e-5}
 THEIRS: list[tuple[str, str, dict[str, Any]]] = [
     ("BertForSequenceClassification", "classification", {**BERT_SIZES, "num_labels": 4}),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kernels.attention import alibi_slopes
 from kernels.noise import keep_mask, sample_keys
+from parallel.axes import TensorAxis
 from parallel.initial import initialise
-from parallel.layers import Parts, TensorAxis
+from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
 from pretrain.models.blocks import Table, drop, local_slopes
 from pretrain.models.gpt import GPT

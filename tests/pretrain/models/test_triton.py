@@ -9,8 +9,9 @@ import torch
 
 from kernels.available import Chosen
 from kernels.noise import sample_keys
+from parallel.axes import TensorAxis
 from parallel.initial import initialise
-from parallel.layers import Parts, TensorAxis
+from parallel.layers import Parts
 from pretrain.config.model import ModelConfig
 from pretrain.models.gpt import GPT
 from tests.kernels.workers import interpret
