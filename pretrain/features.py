@@ -56,13 +56,13 @@ class Body(Stack):
     @torch.inference_mode()
     def every_state(self, batch: TaskBatch) -> list[Tensor]:
         """(N, S, H) of each layer from 0 on."""
-        x = self._embed(batch.inputs, None, batch.documents, batch.segments, 0)
-        context = self._context(batch.inputs.shape[1], None, batch.documents, 0)
+        x = self.begin(self.embedding(batch.inputs), None, batch.documents, batch.segments)
+        context = self.context(batch.inputs.shape[1], None, batch.documents)
         states = []
         for _, block in self.layers():
             states.append(x)
             x = block(x, context)
-        return [*states, self._final(x)]
+        return [*states, self.final(x)]
 
 
 class Extractor:
