@@ -3,8 +3,7 @@
 What is alive on a rank, in bytes:
 - states: weights, masters, moments and gradients, and ZeRO's shares of these (Rajbhandari et al. 2020, sections 3 and 5);
 - activations that the backward pass needs, of every micro-batch that is in flight (Korthikanti et al. 2022, section 4;
-  Narayanan et al. 2021, section 2.2). Counted from this model's code, product by product: what autograd saves, once where
-  two operators save the same tensor;
+  Narayanan et al. 2021, section 2.2), see `pretrain.activations`;
 - what works for a moment: the logits of a chunk, gradients of activations, buckets of a reduction.
 
 Three moments can be the highest: the last stage's loss, the start of a backward pass, the optimizer's step. Eager
@@ -18,15 +17,27 @@ and c context ranks. r = B S / c rows of this context rank, s those between the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from parallel.layout import Layout
-from pretrain.config.model import GATED, ModelConfig, layer_parameters, lora_parameters, pooler_parameters
+from pretrain.activations import (
+    ALL_LEARN,
+    FLOAT,
+    Frozen,
+    Place,
+    attention_inputs,
+    attention_saved,
+    embedding,
+    exchanged,
+    final,
+    norm_saved,
+    saved_by_layer,
+    whole_layer,
+)
+from pretrain.config.model import GATED, layer_parameters, lora_parameters, pooler_parameters
 from pretrain.config.run import Config
 
-FLOAT = 4  # bytes
-VOCABULARY_MULTIPLE = 128  # parallel.vocabulary
 BUCKET = 2**23  # elements of a flat reduction, parallel.averaging
 GATHERED = 10**9  # elements that DeepSpeed's ZeRO-3 keeps whole at most (stage3_max_live_parameters)
 DROPOUT_BYTES = 25  # a pair of a block of queries: probabilities, the hash of its places step by step, the mask
@@ -50,77 +61,6 @@ class Memory(NamedTuple):
         return self.weights + self.optimizer + self.gradients + self.buffers + self.activations + self.working
 
 
-class Frozen(NamedTuple):
-    """What of a rank's model does not learn: `elements` of its weights, and blocks from the bottom of the model with nothing
-    in or below them that does, which keep no activations. A weight further up is counted as if its product kept its input."""
-
-    elements: int = 0
-    blocks: int = 0
-
-
-ALL_LEARN = Frozen()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank's part of the model: layers of each of its chunks, and whether it has the model's ends."""
-
-    config: Config
-    layout: Layout
-    vocab_size: int
-    chunks: tuple[tuple[int, ...], ...]  # layer numbers
-    first: bool
-    last: bool
-    stage: int
-    frozen: Frozen = ALL_LEARN
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
-
-    @property
-    def element(self) -> int:
-        """Bytes of a weight and of an activation."""
-        return 2 if self.config.precision.compute == "bf16" else FLOAT
-
-    @property
-    def rows(self) -> int:
-        """r: tokens of a micro-batch on this context rank."""
-        return self.config.batch.micro_size * self.config.data.seq_length // self.layout.context
-
-    @property
-    def between(self) -> int:
-        """s: rows of activations between the parallel layers."""
-        return self.rows // self.layout.tensor if self.layout.sequence else self.rows
-
-    @property
-    def hidden(self) -> int:
-        """Bytes of a hidden state (r, H)."""
-        return self.rows * self.model.hidden_size * self.element
-
-    @property
-    def residual(self) -> int:
-        """Bytes of a hidden state between the layers (s, H)."""
-        return self.between * self.model.hidden_size * self.element
-
-    @property
-    def predicted(self) -> int:
-        """Rows of a micro-batch that meet the head."""
-        if self.model.causal:
-            return self.rows
-        return self.config.batch.micro_size * self.config.objective.predicted(self.config.data.seq_length)
-
-    @property
-    def classes(self) -> int:
-        """This rank's rows of the padded vocabulary."""
-        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // self.layout.tensor
-
-    @property
-    def features(self) -> int:
-        """This rank's features of the feed-forward layer."""
-        return self.model.feed_forward_size // self.layout.tensor
-
-
 def memory(
     config: Config,
     layout: Layout,
@@ -139,9 +79,9 @@ def memory(
     begin = frozen.blocks if place.first else 0  # what a stage receives has a gradient in any case
     held = [sum(saved_by_layer(place, layer) for layer in chunk) for chunk in place.chunks]
     held[0] = sum(saved_by_layer(place, layer) for layer in place.chunks[0] if layer >= begin)
-    held[0] += _embedding(place) if place.first and not frozen.blocks else 0
-    held[-1] += _final(place) if place.last else 0
-    held = [bytes + (_exchanged(place) if layout.pipeline > 1 else 0) for bytes in held]
+    held[0] += embedding(place) if place.first and not frozen.blocks else 0
+    held[-1] += final(place) if place.last else 0
+    held = [bytes + (exchanged(place) if layout.pipeline > 1 else 0) for bytes in held]
     flying = in_flight(layout, stage, micro_batches)
     moments = []
     for count, gradients in _heights(len(flying), micro_batches * layout.virtual, states.gradients, states.kept):
@@ -186,19 +126,26 @@ def parameters(place: Place) -> int:
     model, tensor = place.model, place.layout.tensor
     biased = 1 if model.biases else 0
     whole = (4 if biased and model.norm == "layer" else 2) * model.hidden_size + 2 * biased * model.hidden_size
-    layer = (layer_parameters(model) - whole) // tensor + whole  # norms and row biases are not cut
-    layer += lora_parameters(model, tensor)
-    count = layer * sum(len(chunk) for chunk in place.chunks)
+    norm = model.hidden_size * (2 if biased and model.norm == "layer" else 1)
+
+    def of_layer(cross: bool) -> int:  # norms and row biases are not cut
+        uncut = whole + (norm + biased * model.hidden_size if cross else 0)
+        return (layer_parameters(model, cross) - uncut) // tensor + uncut + lora_parameters(model, tensor, cross)
+
+    count = sum(of_layer(layer >= model.num_layers) for chunk in place.chunks for layer in chunk)
     matrix = place.classes * model.hidden_size
     ends = [place.first, place.last] if not model.tie_embeddings else [place.first or place.last]
     count += matrix * (sum(ends) if not place.config.objective.is_task else place.first)
-    norm = model.hidden_size * (2 if biased and model.norm == "layer" else 1)
+    stacks = len(place.config.lengths)
     if place.first:
-        table = max(place.config.data.seq_length, model.max_positions or 0) if model.positions == "learned" else 0
-        count += (table + model.num_segments) * model.hidden_size + (norm if model.has_embedding_norm else 0)
-    if place.last:
-        count += norm if model.norm_position == "pre" else 0
-        count += 0 if model.causal else _encoder_head(place, norm)
+        learned = model.positions == "learned"
+        table = sum(max(length, model.max_positions or 0) for _, length in place.config.lengths) if learned else 0
+        count += (table + model.num_segments) * model.hidden_size + (stacks * norm if model.has_embedding_norm else 0)
+    if model.norm_position == "pre":
+        norms_after = {model.num_layers - 1, model.total_layers - 1}
+        count += norm * sum(layer in norms_after for chunk in place.chunks for layer in chunk)
+    if place.last and model.kind == "bert":
+        count += _encoder_head(place, norm)
     return count
 
 
@@ -255,121 +202,6 @@ def _up(place: Place) -> int:
     return place.features * (2 if place.model.activation in GATED else 1)
 
 
-# -- activations ---------------------------------------------------------------------------------------------------
-
-
-def saved_by_layer(place: Place, layer: int) -> int:
-    """Bytes that one block keeps of one micro-batch for its backward pass."""
-    if place.config.parallel.recompute == "full":
-        return place.residual
-    return _whole_layer(place, layer, place.config.parallel.recompute == "selective")
-
-
-def _whole_layer(place: Place, layer: int, selective: bool) -> int:
-    model = place.model
-    masks = 2 * place.between * model.hidden_size if model.residual_dropout_rate else 0  # a byte an element
-    linear_inputs = 2 * place.hidden  # of qkv and up; those of out and down are counted with what makes them
-    core = attention_inputs(place) if selective else attention_saved(place, layer)
-    return (
-        2 * norm_saved(place) + linear_inputs + core + _output(place, layer, selective) + _feed_forward(place) + masks
-    )
-
-
-def norm_saved(place: Place) -> int:
-    """A norm's input, which is the residual stream, and what it makes besides its output. The root mean square is several
-    operators on a CPU: it keeps the normed input, and of a bf16 one the float32 copy instead."""
-    size = place.between * place.model.hidden_size
-    if place.model.norm == "rms":
-        return 2 * FLOAT * size + FLOAT * place.between
-    return place.element * (size + 2 * place.between)
-
-
-def attention_inputs(place: Place) -> int:
-    """q, k and v as the product over heads takes them; without rope they are views of one tensor."""
-    model, tensor, element = place.model, place.layout.tensor, place.element
-    queries = model.num_heads * model.size_of_head // tensor
-    keys = model.kv_heads * model.size_of_head // tensor
-    if place.layout.context > 1:  # made anew by the exchange; keys repeated until each rank gets whole ones
-        groups = model.kv_heads // tensor
-        while groups % place.layout.context:
-            groups += model.kv_heads // tensor
-        return element * place.rows * (queries + 2 * groups * model.size_of_head)
-    turned = queries + keys if model.positions == "rope" else 0
-    return element * place.rows * (queries + 2 * keys + turned)
-
-
-def attention_saved(place: Place, layer: int) -> int:
-    """What the product over heads keeps, its output left out: the library's operator its inputs and the logarithms of its
-    sums, the plain one (windows, ALiBi, dropout) copies of them and every visible probability."""
-    model, element = place.model, place.element
-    heads, length = model.num_heads // place.layout.tensor, place.config.data.seq_length
-    window = model.window(layer)
-    windowed = window is not None and window < length
-    dropout = model.attention_dropout_rate > 0
-    alone = not place.config.objective.attention_across_documents
-    if not windowed and not alone and model.positions != "alibi" and not dropout:
-        return attention_inputs(place) + FLOAT * place.rows * heads
-    span, area = visible(length, window if windowed else None, model.causal)
-    shared = place.layout.context
-    queries = element * place.rows * heads * model.size_of_head
-    groups = max(model.kv_heads // place.layout.tensor // shared, 1)
-    copies = 2 * element * place.config.batch.micro_size * span * groups * model.size_of_head
-    kept = FLOAT + (1 if dropout else 0)
-    again = (
-        element if dropout or element != FLOAT or windowed or alone else 0
-    )  # the probabilities as they are multiplied
-    maps = area if alone else 0  # who sees whom, a byte a pair, is each sequence's own then
-    return queries + copies + place.config.batch.micro_size * ((heads // shared) * area * (kept + again) + maps)
-
-
-def visible(length: int, window: int | None, causal: bool = True) -> tuple[int, int]:
-    """Keys that the blocks of queries of `kernels.attention` read, and pairs of a query and a key, of one head."""
-    rows = max(64, -(-length // 4)) if causal or window is not None else length
-    span = area = 0
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        last = stop if causal else length if window is None else min(length, stop + window - 1)
-        keys = last - (max(0, start - window + 1) if window is not None else 0)
-        span, area = span + keys, area + keys * (stop - start)
-    return span, area
-
-
-def _output(place: Place, layer: int, selective: bool) -> int:
-    """The attention's output, which its last product keeps; the exchange makes it twice, and the plain operator does not
-    need it."""
-    model = place.model
-    size = place.element * place.rows * model.num_heads * model.size_of_head // place.layout.tensor
-    return size * (2 if place.layout.context > 1 and not selective else 1)
-
-
-def _feed_forward(place: Place) -> int:
-    """What comes out of the first product, of the activation, and of the gate; relu needs its own output alone."""
-    parts = {"relu": 1, **dict.fromkeys(GATED, 4)}.get(place.model.activation, 2)
-    return place.element * place.rows * place.features * parts
-
-
-def _embedding(place: Place) -> int:
-    return place.between * place.model.hidden_size if place.model.embedding_dropout_rate else 0
-
-
-def _final(place: Place) -> int:
-    """The last norm, and the loss's gradients of hidden states and matrix, which it makes in the forward pass; an encoder's
-    transform of the places that are predicted."""
-    norm = norm_saved(place) if place.model.norm_position == "pre" else 0
-    rows = place.element * place.predicted * place.model.hidden_size
-    transform = (
-        0 if place.model.causal else 4 * rows
-    )  # what is picked twice, and what meets the activation and the norm
-    return norm + transform + rows + place.element * place.classes * place.model.hidden_size
-
-
-def _exchanged(place: Place) -> int:
-    """What a stage received and sent for a micro-batch stays until its backward pass; received is the first layer's input,
-    which only a bf16 root mean square does not keep itself."""
-    copied = place.model.norm == "rms" and place.element != FLOAT
-    return place.residual * ((0 if place.last else 1) + (1 if copied and not place.first else 0))
-
-
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
     """The chunk of each forward pass that a stage has done before its first backward pass ends (Narayanan et al. 2021,
     section 2.2): with 1F1B as many as stages from here to the end, interleaved twice the distance and a round a chunk."""
@@ -407,24 +239,28 @@ def _loss(place: Place) -> int:
 
 def _dropping(place: Place) -> int:
     """The dropout of the last layer's attention probabilities, less what is not made yet when it is at work."""
-    model, length, layer = place.model, place.config.data.seq_length, place.chunks[-1][-1]
+    layer = place.chunks[-1][-1]
+    place = place.at(layer)
+    model, length = place.model, place.length
     if not model.attention_dropout_rate:
         return 0
-    block = max(64, -(-length // 4)) if model.causal or model.window(layer) is not None else length
+    local = layer - (model.num_layers if place.of_memory else 0)
+    block = max(64, -(-length // 4)) if place.causal or model.window(local) is not None else length
     heads = model.num_heads // place.layout.tensor // place.layout.context
     made = DROPOUT_BYTES * place.config.batch.micro_size * heads * block * length
-    later = saved_by_layer(place, layer) - norm_saved(place) - place.hidden + (_final(place) if place.last else 0)
+    later = saved_by_layer(place, layer) - norm_saved(place) - place.hidden + (final(place) if place.last else 0)
     return made - later
 
 
 def _backward(place: Place) -> int:
     """The loss's gradients multiplied by their factor, or those inside a layer; a recomputed layer's activations."""
-    model, layer = place.model, place.chunks[-1][-1]
+    layer = place.chunks[-1][-1]
+    place, model = place.at(layer), place.model
     matrix = place.classes * model.hidden_size * place.element
     head = place.element * place.predicted * model.hidden_size + matrix if place.last else 0
     inside = 2 * place.residual + place.element * (place.rows * _up(place) + _up(place) * model.hidden_size)
     if place.config.parallel.recompute == "full":
-        inside += _whole_layer(place, layer, selective=False)
+        inside += whole_layer(place, layer, selective=False)
     elif place.config.parallel.recompute == "selective":
         inside += attention_saved(place, layer) - attention_inputs(place)
     return max(head, inside)

@@ -18,10 +18,10 @@ from parallel.layers import Parts
 from parallel.layout import Layout, Problem
 from parallel.logical import canonical
 from parallel.stages import Stage, cuts, parameter_paths
+from pretrain.activations import Frozen
 from pretrain.config.load import problem_error
 from pretrain.config.model import ModelConfig
 from pretrain.config.run import Config
-from pretrain.memory import Frozen
 from pretrain.models.make import make_model
 from pretrain.sizes import Sizes
 

@@ -16,12 +16,14 @@ from parallel.schedules import Schedule
 from parallel.stages import Cut, Stage, cuts
 from parallel.zero import make_engine
 from pretrain import memory
+from pretrain.activations import Place, saved_by_layer
 from pretrain.build import build, optimizer_options, stage_layers
 from pretrain.config.run import Config
 from pretrain.models.make import Model, make_model
-from pretrain.objectives.batch import Batch, MaskedBatch
+from pretrain.objectives.batch import TextBatch
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.masked import Masked, Symbols
+from pretrain.objectives.pairs import Prefix
 from pretrain.sizes import Sizes
 from pretrain.trainable import frozen_on
 from tests.distributed import run_ranks
@@ -32,6 +34,8 @@ BASE: dict[str, Any] = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "bia
 ORDER = {"kind": "masked", "pairs": "order"}
 LLAMA = {**BASE, "positions": "rope", "norm": "rms", "activation": "swiglu", "num_kv_heads": 2}
 GPT2 = {**BASE, "positions": "learned", "norm": "layer", "activation": "gelu-tanh", "biases": True}
+TWO = {**BASE, "kind": "encoder-decoder", "decoder_layers": 2}
+OBJECTIVES: dict[str, dict[str, Any]] = {"bert": ORDER, "encoder-decoder": {"kind": "prefix", "prefix_share": 0.625}}
 MODELS = {
     "llama": LLAMA,
     "gpt2": GPT2,
@@ -41,6 +45,9 @@ MODELS = {
     "alibi": {**LLAMA, "positions": "alibi"},
     "post": {**GPT2, "norm_position": "post", "tie_embeddings": False},
     "bert": {**GPT2, "kind": "bert", "norm_position": "post", "dropout": 0.1},
+    "2017": {**TWO, "positions": "sinusoidal", "norm_position": "post", "activation": "relu", "biases": True},
+    "modern pairs": {**LLAMA, **TWO},
+    "pairs with dropout": {**GPT2, **TWO, "dropout": 0.1, "embedding_norm": True},
     "bert window": {**GPT2, "kind": "bert", "attention_window": 32},
 }
 
@@ -51,7 +58,7 @@ def config_of(
     return Config.model_validate(
         {
             "version": 1,
-            "objective": {"attention_across_documents": across, **(ORDER if model.get("kind") == "bert" else {})},
+            "objective": {"attention_across_documents": across, **OBJECTIVES.get(model.get("kind", ""), {})},
             "model": model,
             "data": {"train": "shards", "seq_length": 256},
             "batch": {"size": 4, "micro_size": micro},
@@ -62,9 +69,9 @@ def config_of(
     )
 
 
-def whole(config: Config) -> memory.Place:
-    layers = tuple(range(config.model.num_layers))
-    return memory.Place(config, Layout(), VOCABULARY, (layers,), first=True, last=True, stage=0)
+def whole(config: Config) -> Place:
+    layers = tuple(range(config.model.total_layers))
+    return Place(config, Layout(), VOCABULARY, (layers,), first=True, last=True, stage=0)
 
 
 def model_of(config: Config) -> Model:
@@ -74,10 +81,12 @@ def model_of(config: Config) -> Model:
     return model.to(torch.bfloat16 if config.precision.compute == "bf16" else torch.float32)
 
 
-def batch_of(config: Config) -> Batch | MaskedBatch:
+def batch_of(config: Config) -> TextBatch:
     rows, length = config.batch.micro_size, config.data.seq_length
     ids = torch.arange(rows * (length + 1)).view(rows, length + 1) % VOCABULARY
     numbers = torch.arange(rows)
+    if config.objective.kind == "prefix":
+        return Prefix(config.objective, eos=7, seed=1)(numbers, ids)
     if config.model.causal:
         return Causal(config.objective, eos=7, seed=1)(numbers, ids)
     no, text = torch.zeros(VOCABULARY, dtype=torch.bool), torch.arange(10, VOCABULARY)
@@ -90,7 +99,7 @@ def test_parameters_are_those_of_the_model(name: str, tensor: int) -> None:
     from parallel.axes import TensorAxis
 
     config = config_of(MODELS[name])
-    layers = [2, 1]
+    layers = [2, config.model.total_layers - 2]
     for stage in range(2):
         cut: Cut = cuts(layers, 2, stage)[0]
         with torch.device("meta"):
@@ -116,21 +125,30 @@ def test_parameters_with_loras_factors_are_those_of_the_model(tensor: int) -> No
 def test_a_layer_keeps_what_autograd_saves(name: str, compute: str) -> None:
     """The bytes that one layer more adds to all saved tensors; the tables of positions are shared."""
     two, three = (saved_bytes(config_of({**MODELS[name], "num_layers": layers}, compute)) for layers in (2, 3))
-    expected = memory.saved_by_layer(whole(config_of(MODELS[name], compute)), layer=2)
+    expected = saved_by_layer(whole(config_of(MODELS[name], compute)), layer=2)
     assert three - two == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("across", [True, False], ids=["across", "alone"])
+@pytest.mark.parametrize("name", ["2017", "modern pairs", "pairs with dropout"])
+def test_a_decoders_layer_keeps_what_autograd_saves(name: str, across: bool, compute: str) -> None:
+    configs = [config_of({**MODELS[name], "decoder_layers": layers}, compute, across=across) for layers in (2, 3)]
+    two, three = map(saved_bytes, configs)
+    assert three - two == pytest.approx(saved_by_layer(whole(configs[1]), layer=4), rel=0.02)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_layer_that_sees_each_document_alone_keeps_what_autograd_saves(compute: str) -> None:
     configs = [config_of({**LLAMA, "num_layers": layers}, compute, across=False) for layers in (2, 3)]
     two, three = map(saved_bytes, configs)
-    assert three - two == pytest.approx(memory.saved_by_layer(whole(configs[1]), layer=2), rel=0.02)
+    assert three - two == pytest.approx(saved_by_layer(whole(configs[1]), layer=2), rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_a_recomputed_layer_keeps_what_autograd_saves(recompute: str) -> None:
     two, three = (saved_bytes(config_of({**LLAMA, "num_layers": layers}, recompute=recompute)) for layers in (2, 3))
-    expected = memory.saved_by_layer(whole(config_of(LLAMA, recompute=recompute)), layer=2)
+    expected = saved_by_layer(whole(config_of(LLAMA, recompute=recompute)), layer=2)
     assert three - two == pytest.approx(expected, rel=0.02)
 
 
@@ -177,6 +195,8 @@ def alive(profiler: Any) -> list[int]:
         ("window", "bf16", 1, "none"),
         ("bert", "fp32", 2, "none"),
         ("bert window", "bf16", 2, "none"),
+        ("2017", "fp32", 2, "none"),
+        ("modern pairs", "bf16", 2, "selective"),
     ],
 )
 def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int, recompute: Any) -> None:
@@ -186,7 +206,7 @@ def test_the_peak_of_a_step_is_the_formulas(model: str, compute: str, micro: int
     config = config_of(MODELS[model], compute, micro, recompute=recompute)
     grid = Grid(Layout(), 0, 1, torch.device("cpu"), TensorAxis(), ContextAxis(), 0, 0, 0, None, None, None, None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stage = Stage(model_of(config), Cut(range(3), first=True, last=True))
+        stage = Stage(model_of(config), Cut(range(config.model.total_layers), first=True, last=True))
         engine = make_engine([stage], grid, optimizer_options(config), None)
         schedule = Schedule(engine.modules, grid, config.model.hidden_size, torch.float32)
         for _ in range(2):
