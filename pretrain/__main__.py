@@ -332,15 +332,18 @@ def _use_options(add: object) -> None:
     evaluate = add(
         "evaluate",
         _evaluate,
-        "Loss and bits per byte of a text, or metrics of labelled examples, as one JSON line.",
+        "Loss and bits per byte of a text, or metrics of labelled examples or a task, as one JSON line.",
         "evaluate runs/demo --data shards/validation",
     )
     evaluate.add_argument("run_folder", metavar="RUN", help="folder of a run")
-    evaluate.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR|TEXT",
-        help="a folder of shards, a text file or a folder; or labelled examples",
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data", metavar="DIR|TEXT", help="a folder of shards, a text file or a folder; or labelled examples"
+    )
+    what.add_argument(
+        "--task",
+        metavar="FILE",
+        help="multiple choice (context, question, choices, answer) or cloze (source, target) for a model that was not tuned",
     )
     evaluate.add_argument(
         "--stride",
@@ -348,7 +351,19 @@ def _use_options(add: object) -> None:
         metavar="N",
         help="tokens scored a window (default: the model's length); less gives each more context",
     )
-    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (default: 8)")
+    evaluate.add_argument(
+        "--shots", type=int, metavar="K", help="with --task: solved examples before each item (default: 0)"
+    )
+    evaluate.add_argument(
+        "--examples", metavar="FILE", help="with --shots: draw them from here (default: from the task's other items)"
+    )
+    evaluate.add_argument("--seed", type=int, metavar="N", help="with --shots: of the drawing (default: 1)")
+    evaluate.add_argument(
+        "--normalize",
+        choices=("none", "tokens", "bytes", "unconditional"),
+        help="with --task: what a choice's log-probability is divided by, or set against (default: tokens)",
+    )
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at once (default: 8)")
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     predict = add(
         "predict",

@@ -3,7 +3,8 @@ BLEU and exact matches.
 
 Text is scored with a sliding context: windows of the model's length, each advancing by `stride` tokens and scoring only
 its last `stride` ones, so that every token but the first ones has at least length - stride tokens before it. An encoder
-predicts what its objective hides of it, sequence by sequence.
+predicts what its objective hides of it, sequence by sequence. Tasks are scored in `fewshot.py`, labelled examples of a
+fine-tuned model by what it predicts.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain import translation
+from pretrain import fewshot, translation
 from pretrain.data.chunks import Chunks
 from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
@@ -132,9 +134,11 @@ def _all_tokens(manifest: Manifest) -> np.ndarray:
 
 def main(args: Namespace) -> int:
     """`python -m pretrain evaluate`: prints one JSON line."""
+    _check_options(args)
     loaded = load_model(Path(args.run_folder), args.checkpoint)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
+    if args.task is not None:
+        translation.refuse_search(args, "a task is scored by likelihood")
+        return _print(fewshot.evaluate(loaded, args))
     if loaded.task is not None:
         translation.refuse_search(args, f"{args.run_folder} writes no targets")
         return _print(_task(loaded, loaded.task, args))
@@ -160,6 +164,17 @@ def main(args: Namespace) -> int:
         "step": loaded.step,
     }
     return _print(result)
+
+
+def _check_options(args: Namespace) -> None:
+    """Raises UserError for an option out of range, or of the other of --data and --task."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
+    if args.task is not None and args.stride is not None:
+        raise UserError(f"--stride {args.stride}: has no effect on --task; leave it out")
+    given = [f"--{name}" for name in ("shots", "examples", "seed", "normalize") if getattr(args, name) is not None]
+    if args.task is None and given:
+        raise UserError(f"{', '.join(given)}: no effect on --data; they are options of --task")
 
 
 def _task(loaded: Loaded, task: Task, args: Namespace) -> dict[str, float]:
@@ -196,7 +211,7 @@ def _hidden(loaded: Loaded, args: Namespace) -> dict[str, float]:
     return {**scores, "step": loaded.step}
 
 
-def _print(result: dict[str, float]) -> int:
+def _print(result: dict[str, Any]) -> int:
     json.dump(result, sys.stdout)
     print()
     return 0
