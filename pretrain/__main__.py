@@ -432,6 +432,9 @@ def _generate_options(add: object) -> None:
     )
     generate.add_argument("run_folder", metavar="RUN", help="folder of a run")
     generate.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with")
+    generate.add_argument(
+        "--raw", action="store_true", help="go on from the prompt itself, not from its template (tuned on instructions)"
+    )
     generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length at most (default: 200)")
     generate.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default: 0.8)")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest (default: 0, all)")

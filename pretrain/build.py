@@ -55,7 +55,7 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
     compiled, why = choose_compile(config, grid)
     dtype = DTYPES[config.precision.compute]
     objective = config.objective
-    apart = objective.is_task or not objective.attention_across_documents  # padding is kept apart as documents are
+    apart = objective.has_head or not objective.attention_across_documents  # padding is kept apart as documents are
     backends = Backends(config.kernels.attention, grid.device, dtype, documents=apart)
     stages = build_stages(config, grid, shape, dtype, compiled, backends)
     kernels, passed_over = try_kernels(choose_kernels(config, grid, dtype), backends)
@@ -97,7 +97,7 @@ def stage_layers(config: Config, vocab_size: int) -> list[int]:
     parallel, model = config.parallel, config.model
     if parallel.layers is not None:
         return parallel.layers
-    head = 0.0 if config.objective.is_task else vocab_size * model.hidden_size / layer_parameters(model)
+    head = 0.0 if config.objective.has_head else vocab_size * model.hidden_size / layer_parameters(model)
     return layers_of_parts(model.total_layers, parallel.pipeline * parallel.virtual, head)
 
 
@@ -142,7 +142,7 @@ def try_kernels(kernels: dict[str, tuple[Backend, str]], backends: Backends) -> 
 
 def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter | None:
     """This rank's end of an embedding that the first and the last stage share across the pipeline."""
-    if not config.model.tie_embeddings or config.objective.is_task or grid.layout.pipeline == 1:
+    if not config.model.tie_embeddings or config.objective.has_head or grid.layout.pipeline == 1:
         return None
     if grid.first_stage:
         return stages[0].module.embedding.weight  # type: ignore[union-attr, return-value]

@@ -26,11 +26,14 @@ from pretrain.data.chunks import Chunks
 from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
-from pretrain.finetuning.tasks import Task
+from pretrain.finetuning.examples import Examples
+from pretrain.finetuning.judging import Outputs
+from pretrain.finetuning.responses import answer_sums
+from pretrain.finetuning.tasks import Instruction, Task
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder
-from pretrain.objectives.choice import objective_of
+from pretrain.objectives.choice import labelled_of, objective_of
 from pretrain.predict import predictions
 from pretrain.tasks.lines import Findings
 from pretrain.validation import result_of
@@ -183,7 +186,10 @@ def _task(loaded: Loaded, task: Task, args: Namespace) -> dict[str, float]:
         raise UserError(f"--stride {args.stride}: has no effect on labelled examples; leave it out")
     path, findings = Path(args.data), Findings(task.config.strict)
     items = list(task.read(task.config, path, True, findings))
-    lines = list(predictions(loaded, task, iter(items), path, findings, args.batch_size))
+    if isinstance(task, Instruction):
+        lines = [_answers(loaded, task, items, path, findings, args.batch_size)]
+    else:
+        lines = list(predictions(loaded, task, iter(items), path, findings, args.batch_size))
     scores = task.metrics(items, lines)
     training = Path(str(loaded.config.data.train))
     if training.is_file():
@@ -192,6 +198,16 @@ def _task(loaded: Loaded, task: Task, args: Namespace) -> dict[str, float]:
     for text in findings.sentences():
         print(f"note: {text}", file=sys.stderr)
     return {**scores, "examples": len(items), "step": loaded.step}
+
+
+def _answers(
+    loaded: Loaded, task: Instruction, items: list[Any], path: Path, findings: Findings, size: int
+) -> dict[str, float]:
+    """Sums over the tokens of the answers that the file gives."""
+    examples = Examples.read(task, path, items, findings)
+    device = next(loaded.model.parameters()).device
+    outputs: Outputs = lambda batch: loaded.model(*batch.to(device))  # noqa: E731
+    return answer_sums(outputs, labelled_of(loaded.config, task, None), task, examples.samples, size)
 
 
 def _pairs(loaded: Loaded, args: Namespace) -> dict[str, float]:

@@ -35,7 +35,7 @@ from pretrain.initial import HEADS
 from pretrain.loading import find_checkpoint
 from pretrain.models.stack import Stack
 from pretrain.objectives.batch import TaskBatch
-from pretrain.objectives.labelled import Labelled
+from pretrain.objectives.labelled import Labelled, LabelledBatch
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.tasks.alignment import owners
 from pretrain.tasks.labels import LabelSet
@@ -84,8 +84,9 @@ class Extractor:
         self.task = task_of(_reading(config, "tagging" if tagged else "classification"), tokenizer, words, LabelSet(()))
         self.objective = Labelled(self.task.config.kind, config.run.seed, 1, None, at_end=config.model.causal)
 
-    def vectors(self, batch: TaskBatch, layers: Many[int], pooling: Pooling) -> Tensor:
+    def vectors(self, batch: LabelledBatch, layers: Many[int], pooling: Pooling) -> Tensor:
         """(N, layers, H), or of tokens (N, S, layers, H)."""
+        assert isinstance(batch, TaskBatch), "texts are read as for a label or tags"
         batch = batch.to(next(self.body.parameters()).device)
         every = self.body.every_state(batch)
         states = torch.stack([every[layer] for layer in layers], dim=2).float()

@@ -16,6 +16,7 @@ from kernels import noise
 from pretrain.beams import Step, beam_search
 from pretrain.config.run import an
 from pretrain.errors import UserError
+from pretrain.finetuning.tasks import Instruction
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder
@@ -166,13 +167,18 @@ class Beginning(NamedTuple):
     longest: int  # tokens
 
     @classmethod
-    def of(cls, loaded: Loaded, prompt: str, max_tokens: int) -> Beginning:
-        """A decoder goes on with the prompt; an encoder-decoder writes a target for it. Raises UserError for an encoder."""
+    def of(cls, loaded: Loaded, prompt: str, max_tokens: int, raw: bool = False) -> Beginning:
+        """A decoder goes on with the prompt, one that was tuned on instructions with its template around it (unless raw), of
+        which nothing is shown; an encoder-decoder writes a target for it. Raises UserError for an encoder."""
         model, tokenizer = loaded.model, loaded.tokenizer
-        ids, eos = tokenizer.encode(prompt), tokenizer.eos
+        instructed = loaded.task if isinstance(loaded.task, Instruction) else None
+        if raw and instructed is None:
+            raise UserError("--raw: has no effect on a model that was not tuned on instructions; leave it out")
+        asked = prompt if instructed is None or raw else instructed.chat.asked(prompt)
+        ids, eos = tokenizer.encode(asked), tokenizer.eos
         if isinstance(model, GPT):
-            decoder = model
-            return cls(lambda: Continuation(decoder), ids or [eos], prompt, max_tokens)
+            decoder, shown = model, prompt if asked == prompt else ""
+            return cls(lambda: Continuation(decoder), ids or [eos], shown, max_tokens)
         if isinstance(model, EncoderDecoder):
             both, source = model, [*ids[: model.encoder.max_length - 1], eos]
             return cls(lambda: TargetStep(both, source), [eos], "", min(max_tokens, model.max_length))
@@ -184,7 +190,7 @@ def main(args: Namespace) -> int:
     """`python -m pretrain generate`."""
     check_options(args)
     loaded = load_model(Path(args.run_folder), args.checkpoint)
-    begin, tokenizer = Beginning.of(loaded, args.prompt, args.max_tokens), loaded.tokenizer
+    begin, tokenizer = Beginning.of(loaded, args.prompt, args.max_tokens, args.raw), loaded.tokenizer
     if args.beams is not None:
         penalty = LENGTH_PENALTY if args.length_penalty is None else args.length_penalty
         best = beam_search(begin.make(), args.beams, begin.start, begin.longest, tokenizer.eos, penalty)[0]

@@ -135,7 +135,7 @@ def parameters(place: Place) -> int:
     count = sum(of_layer(layer >= model.num_layers) for chunk in place.chunks for layer in chunk)
     matrix = place.classes * model.hidden_size
     ends = [place.first, place.last] if not model.tie_embeddings else [place.first or place.last]
-    count += matrix * (sum(ends) if not place.config.objective.is_task else place.first)
+    count += matrix * (sum(ends) if not place.config.objective.has_head else place.first)
     stacks = len(place.config.lengths)
     if place.first:
         learned = model.positions == "learned"

@@ -20,30 +20,41 @@ from torch import Tensor
 from pretrain import translation
 from pretrain.errors import UserError
 from pretrain.finetuning.judging import outputs_of, predicted
-from pretrain.finetuning.tasks import Task
+from pretrain.finetuning.responses import written
+from pretrain.finetuning.tasks import Instruction, Task
 from pretrain.loading import Loaded, load_model
+from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder
-from pretrain.objectives.batch import TaskBatch
 from pretrain.objectives.choice import labelled_of
+from pretrain.objectives.labelled import LabelledBatch
 from pretrain.tasks.lines import Findings
 from pretrain.tasks.predictions import PredictionWriter
 
 POOL = 2048  # examples
+WRITTEN = 128  # the same where the model writes, token by token: what a killed command loses
+
+
+def pool_of(task: Task) -> int:
+    """Examples that are read at a time."""
+    return WRITTEN if isinstance(task, Instruction) else POOL
 
 
 def predictions(
     loaded: Loaded, task: Task, items: Iterator[Any], path: Path, findings: Findings, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Of each item, in order."""
+    """Of each item, in order: its label, or what the model writes."""
     objective = labelled_of(loaded.config, task, None)
     device = next(loaded.model.parameters()).device
 
-    def outputs(batch: TaskBatch) -> Tensor:
+    def outputs(batch: LabelledBatch) -> Tensor:
         return loaded.model(*batch.to(device))  # type: ignore[no-any-return]
 
-    while pool := list(itertools.islice(items, POOL)):
+    while pool := list(itertools.islice(items, pool_of(task))):
         samples = [sample for place, item in enumerate(pool) for sample in task.samples(place, item, path, findings)]
-        found = outputs_of(outputs, objective, task, samples, batch_size)
+        if isinstance(task, Instruction) and isinstance(loaded.model, GPT):
+            found = written(loaded.model, task, samples, batch_size)
+        else:
+            found = outputs_of(outputs, objective, task, samples, batch_size)
         yield from predicted(task, pool, samples, found)
 
 
@@ -68,7 +79,8 @@ def main(args: Namespace) -> int:
 def _labels(loaded: Loaded, args: Namespace) -> tuple[int, Findings]:
     """Write a task's predictions; their number, and what was found in the input."""
     path, task = Path(args.input), loaded.task
-    translation.refuse_search(args, f"{args.run_folder} predicts no text")
+    told = "answers by the likeliest tokens" if isinstance(task, Instruction) else "predicts no text"
+    translation.refuse_search(args, f"{args.run_folder} {told}")
     if task is None:
         raise UserError(
             f"{args.run_folder}: trained for {loaded.config.objective.kind}, which predicts no labels; fine-tune it first"
@@ -79,7 +91,7 @@ def _labels(loaded: Loaded, args: Namespace) -> tuple[int, Findings]:
         rest = writer.remaining(items, lambda item: item.id)
         for count, line in enumerate(predictions(loaded, task, rest, path, findings, args.batch_size), start=1):
             writer.write(line)
-            if count % POOL == 0:
+            if count % pool_of(task) == 0:
                 writer.flush()
     return writer.num_done, findings
 

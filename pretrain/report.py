@@ -131,7 +131,7 @@ class Reporter(Silent):
         self.board: Board | None = None
         self.unit = "examples" if config.objective.is_task else "tokens"
         self.rates = Rates(self.unit)
-        self.criterion = "validation error" if config.objective.is_task else "validation loss"
+        self.criterion = "validation error" if config.objective.has_head else "validation loss"
         self.session, self.trained, self.trained_seconds = time.perf_counter(), 0, 0.0
         self.latest: dict[str, float] = {}
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged

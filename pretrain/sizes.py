@@ -21,7 +21,7 @@ def parameters_of(config: Config, shape: Sizes) -> int:
     model, objective, length = config.model, config.objective, config.data.seq_length
     if model.kind == "encoder-decoder":
         return pair_parameters(model, shape.vocab_size, objective.lengths(length))
-    if not objective.is_task:
+    if not objective.has_head:
         return parameter_count(model, shape.vocab_size, length, objective.pairs != "none")
     of_sequence = objective.kind not in ("tagging", "question-answering")
     pooler = pooler_parameters(model) if of_sequence and not model.causal else 0

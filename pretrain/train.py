@@ -32,6 +32,8 @@ from pretrain.errors import UserError
 from pretrain.finetuning.examples import ExampleStream
 from pretrain.finetuning.judging import Judge
 from pretrain.finetuning.opening import class_weights
+from pretrain.finetuning.responses import AnswerJudge
+from pretrain.finetuning.tasks import Instruction
 from pretrain.generate import Sampling, sample_text
 from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
@@ -127,7 +129,8 @@ class Run:
             if sources.examples is None:
                 return None
             training = sources.train.examples.items if isinstance(sources.train, ExampleStream) else []
-            return Judge(config, self.grid, sources.task, self.objective, sources.examples, training)
+            judge = AnswerJudge if isinstance(sources.task, Instruction) else Judge
+            return judge(config, self.grid, sources.task, self.objective, sources.examples, training)
         return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
 
     def _translations(self) -> Translations | None:
@@ -296,7 +299,9 @@ class Run:
         with self.reporter.pause():
             model = self.built.stages[0].module
             assert isinstance(model, GPT)
-            text = sample_text(model, self.tokenizer, monitor.sample_prompt, monitor.sample_tokens, Sampling(0.8, 50))
+            task, prompt = self.sources.task, monitor.sample_prompt
+            prompt = task.chat.asked(prompt) if isinstance(task, Instruction) else prompt
+            text = sample_text(model, self.tokenizer, prompt, monitor.sample_tokens, Sampling(0.8, 50))
         self.reporter.text(self.state.step, text)
 
     @property

@@ -260,9 +260,17 @@ def help_config() -> str:
         lines += ["", f"{name}:  # {(part.__doc__ or '').strip().splitlines()[0]}"]
         for key, inner in part.model_fields.items():
             lines.append(_line(key, inner, "  "))
-            nested = _model_of(inner)
-            lines += [f"  #   {_entry(deep, what)}" for deep, what in nested.model_fields.items()] if nested else []
+            nested, indent = (
+                _model_of(inner),
+                "    " if _is_section(inner) else "  #   ",
+            )  # null by default: as comments
+            lines += [f"{indent}{_entry(deep, what)}" for deep, what in nested.model_fields.items()] if nested else []
     return "\n".join(lines) + "\n"
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """Whether its default is one, whose fields follow."""
+    return isinstance(field.default, BaseModel)
 
 
 def _line(name: str, field: FieldInfo, indent: str) -> str:
@@ -275,5 +283,5 @@ def _entry(name: str, field: FieldInfo) -> str:
         value = "..."
     else:
         plain = str(default) if isinstance(default, Span) else list(default) if isinstance(default, tuple) else default
-        value = yaml.dump(plain).removesuffix("...\n").strip()
+        value = "" if _is_section(field) else yaml.dump(plain).removesuffix("...\n").strip()
     return f"{f'{name}: {value}':<34}  # {field.description}"

@@ -17,6 +17,9 @@ PRETRAINING = {  # objective -> the model that it trains
     "prefix": "encoder-decoder",
 }
 TASKS = ("classification", "regression", "multiple-choice", "tagging", "question-answering")  # with a head of their own
+LABELLED = (*TASKS, "instruction")  # on labelled examples; the last with the decoder's own head over the vocabulary
+ROLES = ("system", "user", "assistant")  # pretrain.tasks.conversations
+TEXT = "{text}"  # in a template, where a message stands
 OF_KINDS: dict[str, tuple[str, ...]] = {  # objectives -> the fields that are theirs alone
     "causal": ("loss_across_documents",),
     "masked": ("mask_rate", "masking", "mask_share", "random_share", "span_probability", "span_limit", "pairs"),
@@ -27,10 +30,28 @@ OF_KINDS: dict[str, tuple[str, ...]] = {  # objectives -> the fields that are th
     "question-answering": ("version_2", "question_length", "answer_length", "best"),
     "tagging question-answering": ("overlap",),
     "classification regression": ("texts", "label"),
-    " ".join(TASKS): ("strict",),
+    "instruction": ("template", "response_length"),
+    " ".join(LABELLED): ("strict",),
     "causal masked span-corruption prefix": ("attention_across_documents",),
-    "causal masked span-corruption prefix sequence-to-sequence": ("z_loss",),
+    "causal masked span-corruption prefix sequence-to-sequence instruction": ("z_loss",),
 }
+
+
+class TemplateConfig(Section):
+    """How a conversation is written: each message's text, of its role, in place of {text}."""
+
+    system: str = meaning("{text}\n\n", "of the message that may stand first")
+    user: str = meaning("User: {text}\n", "of what is asked")
+    assistant: str = meaning("Assistant: {text}", "of an answer, which a document's end follows")
+
+    def problems(self) -> Iterator[Problem]:
+        for role in ROLES:
+            count = getattr(self, role).count(TEXT)
+            if count != 1:
+                yield Problem(role, f"{getattr(self, role)!r} has {TEXT} {count} times", "write it once")
+        if not self.assistant.endswith(TEXT):
+            mend = "end it with {text}: a document's end stands behind it and ends the answer"
+            yield Problem("assistant", f"{self.assistant!r} goes on after {TEXT}", mend)
 
 
 class ObjectiveConfig(Section):
@@ -47,10 +68,11 @@ class ObjectiveConfig(Section):
         "multiple-choice",
         "tagging",
         "question-answering",
+        "instruction",
     ] = meaning(
         "causal",
         "on text causal (GPT), masked (BERT), span-corruption or prefix (encoder-decoder); on pairs sequence-to-sequence; on "
-        "labelled examples classification, regression, multiple-choice, tagging or question-answering",
+        "labelled examples classification, regression, multiple-choice, tagging, question-answering or instruction (GPT)",
     )
     loss_across_documents: bool = meaning(
         True, "causal: whether a document's first token, predicted from the one before, counts"
@@ -100,6 +122,10 @@ class ObjectiveConfig(Section):
     question_length: int = meaning(64, "question-answering: tokens of a question at most; what is beyond is cut", ge=1)
     answer_length: int = meaning(30, "question-answering: tokens of an answer at most", ge=1)
     best: int = meaning(20, "question-answering: spans of a window that are considered", ge=1)
+    template: TemplateConfig = meaning(
+        TemplateConfig(), "instruction: how messages are written, {text} being theirs; kept with the run"
+    )
+    response_length: int = meaning(256, "instruction: tokens of a response that predict writes, at most", ge=1)
     strict: bool = meaning(False, "labelled examples: what could be mended or left out, and counted, is an error")
     label_smoothing: float = meaning(
         0.0, "share of each target that is spread over the whole vocabulary; in training alone", ge=0, lt=1
@@ -110,7 +136,12 @@ class ObjectiveConfig(Section):
 
     @property
     def is_task(self) -> bool:
-        """Whether it learns from labelled examples, with a head of its own."""
+        """Whether it learns from labelled examples."""
+        return self.kind in LABELLED
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its model has a head of the task's in place of one over the vocabulary."""
         return self.kind in TASKS
 
     def predicted(self, length: int) -> int:

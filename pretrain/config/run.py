@@ -69,7 +69,10 @@ class Config(Section):
             fitting = next(kind for kind, trained in PRETRAINING.items() if trained == model)
             mend = f"set model.kind: {PRETRAINING[objective]}, or objective.kind: {fitting}"
             yield Problem("objective.kind", f"{objective} does not train {an(model)}", mend)
-        if self.monitor.sample_every is not None and objective != "causal":
+        if objective == "instruction" and model == "bert" and not unknown:
+            mend = "start from a decoder (model.kind: gpt): an encoder writes no text"
+            yield Problem("objective.kind", f"{objective} does not train {an(model)}", mend)
+        if self.monitor.sample_every is not None and objective not in ("causal", "instruction"):
             yield Problem("monitor.sample_every", f"a model of {objective} writes no text", "remove it")
         if self.monitor.translate_pairs is not None and objective != "sequence-to-sequence":
             mend = "remove it, or set objective.kind: sequence-to-sequence"

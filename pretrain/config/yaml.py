@@ -89,9 +89,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
-    """Text. PyYAML takes more than \\n for an end of line, which its plain and single-quoted forms do not keep."""
+    """Text. PyYAML takes more than \\n for an end of line, which its plain and single-quoted forms do not keep; and these
+    would break the line at each."""
     return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\r\x85\u2028\u2029") else None
+        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\n\r\x85\u2028\u2029") else None
     )
 
 

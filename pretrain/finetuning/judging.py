@@ -18,11 +18,10 @@ from pretrain.config.run import Config
 from pretrain.finetuning.examples import Examples, planes
 from pretrain.finetuning.sequences import Array
 from pretrain.finetuning.tasks import Sample, Task
-from pretrain.objectives.batch import TaskBatch
-from pretrain.objectives.labelled import Labelled
+from pretrain.objectives.labelled import Labelled, LabelledBatch
 from pretrain.validation import Result
 
-Outputs = Callable[[TaskBatch], Tensor]
+Outputs = Callable[[LabelledBatch], Tensor]
 
 
 class Judge:
@@ -49,38 +48,43 @@ class Judge:
             if self.grid.reads_data:
                 for part, batch, output in zip(places, batches, outputs, strict=True):
                     found += self._kept(part, batch, output.cpu())
-        # What stands for samples past the end is the last one again: by its place it counts once.
         everyone = {one[0]: one for part in self.grid.from_all(found) for one in part}
         predictions = list(predicted(self.task, self.items, self.samples, {n: one[1] for n, one in everyone.items()}))
         scores = self.task.metrics(self.items, predictions)
         losses, weights = (math.fsum(one[part] for one in everyone.values()) for part in (2, 3))
         loss = losses / max(weights, 1e-30)
+        assert self.task.metric is not None
         return Result(loss, None, len(everyone), scores, 1.0 - scores[self.task.metric], self.floor)
 
-    def _groups(self) -> Iterator[list[list[int]]]:
-        """This rank's micro-batches as places in `samples`, in groups as a pipeline takes them; past the end the last
-        sample again."""
+    def _groups(self) -> Iterator[list[range]]:
+        """This rank's micro-batches as places in `samples`, and past their end, in groups as a pipeline takes them."""
         ranks, stages, count = self.grid.data_size, self.grid.layout.pipeline, len(self.samples)
         rounds = -(-count // (self.micro * ranks * stages)) * stages
         starts = [(turn * ranks + self.grid.data_rank) * self.micro for turn in range(rounds)]
-        parts = [[min(place, count - 1) for place in range(start, start + self.micro)] for start in starts]
         for first in range(0, rounds, stages):
-            yield parts[first : first + stages]
+            yield [range(start, start + self.micro) for start in starts[first : first + stages]]
 
-    def _batches(self, places: list[list[int]]) -> list[TaskBatch]:
-        """Padded together: what goes through a pipeline at once has one shape."""
-        samples = [self.samples[place] for part in places for place in part]
+    def _batches(self, places: list[range]) -> list[LabelledBatch]:
+        """Padded together: what goes through a pipeline at once has one shape. Past the end stands the last sample, which
+        there counts nothing."""
+        last = len(self.samples) - 1
+        samples = [self.samples[min(place, last)] for part in places for place in part]
         whole = torch.from_numpy(planes(samples, self.task.num_rows, self.task.form.length))
-        return [self.objective(torch.arange(len(part)), part) for part in whole.split(self.micro)]
+        made = [self.objective(torch.arange(len(part)), part) for part in whole.split(self.micro)]
+        return [
+            batch.without(torch.tensor(part) > last) if part[-1] > last else batch
+            for part, batch in zip(places, made, strict=True)
+        ]
 
-    def _kept(self, places: list[int], batch: TaskBatch, outputs: Tensor) -> Iterator[tuple[int, Array, float, float]]:
-        """Of each of the micro-batch's samples: its place, outputs, loss and the loss's weight."""
+    def _kept(self, places: range, batch: LabelledBatch, outputs: Tensor) -> Iterator[tuple[int, Array, float, float]]:
+        """Of each of the micro-batch's samples that there are: its place, outputs, loss and the loss's weight."""
         losses, weights = sample_losses(self.task, outputs, batch)
         for place, output, loss, weight in zip(places, outputs, losses, weights, strict=True):
-            yield place, output.float().numpy(), float(loss), float(weight)
+            if place < len(self.samples):
+                yield place, output.float().numpy(), float(loss), float(weight)
 
 
-def sample_losses(task: Task, outputs: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+def sample_losses(task: Task, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
     """(B,) float64 sums of the losses of each sample, without smoothing, and of their weights."""
     from pretrain.models.tasks import losses
 
@@ -88,7 +92,7 @@ def sample_losses(task: Task, outputs: Tensor, batch: TaskBatch) -> tuple[Tensor
     return found.sum(dim=1), batch.mask.double().sum(dim=1)
 
 
-def batch_of(objective: Labelled, task: Task, samples: Many[Sample]) -> TaskBatch:
+def batch_of(objective: Labelled, task: Task, samples: Many[Sample]) -> LabelledBatch:
     numbers = torch.arange(len(samples))
     return objective(numbers, torch.from_numpy(planes(samples, task.num_rows, task.form.length)))
 

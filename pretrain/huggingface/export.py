@@ -63,7 +63,7 @@ def export(
     except Inexpressible as reason:
         raise UserError(f"{run}: {reason}") from reason
     theirs = {**architecture.config(ours, kind), **_ids(config, tokenizer)}
-    if config.objective.is_task:
+    if config.objective.has_head:
         theirs |= write_labels(config.objective.kind, run_labels(run))
     width = DTYPES[dtype].itemsize
     files = model_files(len(parts_of(planned, width)))
@@ -92,7 +92,7 @@ def plan(architecture: Architecture, kind: ModelClass, ours: Settings, found: Me
 
 def use_of(config: Config, words: Vocabulary, longest: int) -> Use:
     """What the tokenizer is used for. A task's model takes texts as it was trained on, cut to the same length."""
-    model, task = config.model, config.objective.is_task
+    model, task = config.model, config.objective.has_head
     length = config.data.seq_length if task else longest
     segments = model.num_segments > 0
     if not model.causal:
@@ -108,7 +108,7 @@ def _ids(config: Config, tokenizer: Tokenizer) -> Json:
 def _lacks_padding(config: Config, tokenizer: Tokenizer) -> bool:
     """Whether a decoder's class, which looks for the last token that is no padding, could not tell it from the text's."""
     pad = tokenizer.special.get("pad", tokenizer.eos)
-    return config.objective.is_task and config.model.causal and pad == tokenizer.eos
+    return config.objective.has_head and config.model.causal and pad == tokenizer.eos
 
 
 def _notes(config: Config, architecture: Architecture, ours: Settings, tokenizer: Tokenizer) -> list[str]:

@@ -81,8 +81,8 @@ GPT2 = Architecture(
         Row("transformer.ln_f.{kind}", ("norm.{kind}",)),
     ),
     classes=(
-        ModelClass("GPT2LMHeadModel", ("causal",), OUTPUT),
-        ModelClass("GPT2Model", ("causal",), OUTPUT),
+        ModelClass("GPT2LMHeadModel", ("causal", "instruction"), OUTPUT),
+        ModelClass("GPT2Model", ("causal", "instruction"), OUTPUT),
         ModelClass(
             "GPT2ForSequenceClassification",
             ("classification", "regression"),

@@ -11,7 +11,7 @@ from pretrain.tasks.tagged import is_tag
 
 PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 # Fields of ours that decide what `predict` makes of the outputs, or how it reads a file, and that config.json cannot have.
-UNSAID = ("version_2", "question_length", "answer_length", "best", "overlap", "texts", "label")
+UNSAID = ("version_2", "question_length", "answer_length", "best", "overlap", "texts", "label", "template")
 
 
 def write_labels(kind: str, labels: LabelSet) -> Json:

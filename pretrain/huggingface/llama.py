@@ -71,8 +71,8 @@ OUTPUT = (Row("lm_head.weight", ("head.weight",)),)
 def _classes(name: str) -> tuple[ModelClass, ...]:
     """Theirs for questions names the body otherwise."""
     return (
-        ModelClass(f"{name}ForCausalLM", ("causal",), OUTPUT),
-        ModelClass(f"{name}Model", ("causal",), OUTPUT),
+        ModelClass(f"{name}ForCausalLM", ("causal", "instruction"), OUTPUT),
+        ModelClass(f"{name}Model", ("causal", "instruction"), OUTPUT),
         ModelClass(
             f"{name}ForSequenceClassification",
             ("classification", "regression"),

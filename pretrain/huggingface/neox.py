@@ -78,8 +78,8 @@ NEOX = Architecture(
         Row("gpt_neox.final_layer_norm.{kind}", ("norm.{kind}",)),
     ),
     classes=(
-        ModelClass("GPTNeoXForCausalLM", ("causal",), OUTPUT),
-        ModelClass("GPTNeoXModel", ("causal",), OUTPUT),
+        ModelClass("GPTNeoXForCausalLM", ("causal", "instruction"), OUTPUT),
+        ModelClass("GPTNeoXModel", ("causal", "instruction"), OUTPUT),
         ModelClass(
             "GPTNeoXForSequenceClassification",
             ("classification", "regression"),

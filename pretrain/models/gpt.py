@@ -21,7 +21,8 @@ from pretrain.models.stack import Stack
 class GPT(Stack):
     """A stack with a language model's head on its last stage.
 
-    stage: of the model, see `Stack`. label_smoothing, z_loss: of the loss, while training alone.
+    stage: of the model, see `Stack`. label_smoothing, z_loss: of the loss, while training alone. counts_correct: without
+    training it also gives how many targets are predicted right.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class GPT(Stack):
         seq_length: int,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        counts_correct: bool = False,
         **stage: Any,
     ) -> None:
         super().__init__(config, parts, vocab_size, seq_length, **stage)
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.counts_correct = label_smoothing, z_loss, counts_correct
         if self.is_last:
             self.head = parts.head(config.hidden_size, vocab_size, config.initial_scale)
             if config.tie_embeddings:
@@ -54,7 +56,8 @@ class GPT(Stack):
         is to be seen alone, hidden (B, s, H) from the stage before.
 
         Returns hidden (B, s, H), or on the last stage the loss summed over the targets, a float32 scalar: cross-entropy,
-        while training with label smoothing and z-loss.
+        while training with label smoothing and z-loss. Without training, with counts_correct, (2,): behind it how many are
+        predicted right.
         """
         inputs, targets, mask = (None if x is None else self.parts.own(x) for x in (inputs, targets, mask))
         x = self.states(inputs, self._length(inputs, targets, hidden), sample_keys, documents, hidden=hidden)
@@ -62,7 +65,7 @@ class GPT(Stack):
             return x
         assert targets is not None and mask is not None, "the last stage takes targets and mask"
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if self.training else (0.0, 0.0)
-        return self.head(x, targets, mask, smoothing, z_loss)
+        return self.head(x, targets, mask, smoothing, z_loss, self.counts_correct and not self.training)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, caches: dict[str, Cache] | None = None, first: int = 0) -> Tensor:

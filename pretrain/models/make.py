@@ -27,11 +27,11 @@ def make_model(
         "recompute": config.parallel.recompute,
         "label_smoothing": objective.label_smoothing,
     }
-    if objective.is_task:
+    if objective.has_head:
         return TaskModel(*general, objective.kind, shape.num_outputs, shape.num_rows, **options)
     options["z_loss"] = objective.z_loss
     if config.model.kind == "encoder-decoder":
         return EncoderDecoder(*general[:3], objective.lengths(config.data.seq_length), **options)
     if config.model.kind == "bert":
         return BERT(*general, pairs=objective.pairs != "none", **options)
-    return GPT(*general, **options)
+    return GPT(*general, counts_correct=objective.kind == "instruction", **options)

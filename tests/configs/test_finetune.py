@@ -14,6 +14,7 @@ SETTINGS = {  # rate, batch, length, epochs
     "classification": (5e-5, 32, 128, 3),
     "tagging": (1e-4, 16, 128, 3),
     "question-answering": (2e-4, 8, 384, 4),
+    "instruction": (1e-4, 16, 256, 3),
 }
 
 

@@ -61,6 +61,7 @@ def test_help_shows_every_field_and_is_yaml_of_the_defaults() -> None:
     assert load(help_config()) == Config()
     shown = yaml.parse(help_config())
     leaves = {f"{section}.{key}" for section, part in shown.items() if isinstance(part, dict) for key in part}
+    leaves |= {f"objective.template.{role}" for role in shown["objective"]["template"]}
     nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.")  # null by default: shown as comments
     for path, _ in fields(Config):
         if path.startswith(nested):

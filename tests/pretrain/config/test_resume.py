@@ -58,6 +58,7 @@ CANDIDATES = (
     *WORDS,
     "0.5 of total",
     ["a", "b"],
+    "other {text}",
 )
 
 
@@ -83,14 +84,14 @@ PAIRS = {
     )
     for kind in ("span-corruption", "prefix", "sequence-to-sequence")
 }
-TASKS = {kind: task(kind) for kind in ("classification", "question-answering")}
+TASKS = {kind: task(kind) for kind in ("classification", "question-answering", "instruction")}
 
 
 def base_of(path: str) -> Config:
     """In which a field has an effect."""
     if path == "model.lora":
         return TASKS["classification"]
-    field = path.removeprefix("objective.")
+    field = path.removeprefix("objective.").split(".")[0]
     kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
     special = {"model.decoder_layers": "prefix", "monitor.translate_pairs": "sequence-to-sequence"}
     if path in special:

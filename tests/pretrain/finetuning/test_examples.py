@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.config.objective import ObjectiveConfig
+from pretrain.config.objective import TASKS, ObjectiveConfig
 from pretrain.finetuning import stdlib
 from pretrain.finetuning.examples import GROUP, POOL, Examples, ExampleStream, GroupedOrder, planes
 from pretrain.finetuning.judging import predicted
@@ -120,7 +120,7 @@ def right(task: Task, sample: Sample) -> np.ndarray:
     return scores
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASKS)
 def test_right_outputs_score_perfectly_over_windows_too(kind: str, tmp_path: Path) -> None:
     task, examples = opened(kind, tmp_path)
     outputs = {place: right(task, sample) for place, sample in enumerate(examples.samples)}

@@ -32,7 +32,13 @@ checkpoint: {every: 2 epochs, keep_last: 9}
 monitor: {log_every: 1 steps, validate_every: 2 epochs, tensorboard: false}
 run: {dir: RUN, seed: 1}
 """
-EXTENSIONS = {"tagging": "conll", "question-answering": "json", "multiple-choice": "jsonl", "regression": "jsonl"}
+EXTENSIONS = {
+    "tagging": "conll",
+    "question-answering": "json",
+    "multiple-choice": "jsonl",
+    "regression": "jsonl",
+    "instruction": "jsonl",
+}
 
 
 @functools.cache
@@ -64,6 +70,18 @@ def write(folder: Path, kind: str, part: str, count: int) -> Path:
 
 
 class Writers:
+    @staticmethod
+    def instruction(draw: random.Random, count: int) -> str:
+        rows = []
+        for _ in range(count):
+            asked, answer = draw.choice([("return", "self value"), ("import", "path"), ("class", "name node item")])
+            turns = [("user", f"{draw.choice(WORDS)} {asked}"), ("assistant", answer)]
+            if draw.random() < 0.3:
+                turns = [("system", "code"), *turns, ("user", "import"), ("assistant", "path")]
+            row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+            rows.append(json.dumps(row if len(turns) > 2 else {"prompt": turns[0][1], "response": answer}) + "\n")
+        return "".join(rows)
+
     @staticmethod
     def classification(draw: random.Random, count: int) -> str:
         rows = []
