@@ -1,4 +1,4 @@
-"""TensorBoard files of a run: scalars in six groups, text by the model, the config, and hyperparameters.
+"""TensorBoard files of a run: scalars in six groups, text by the model, attention maps, the config, and hyperparameters.
 
 train/       loss, grad_norm, learning_rate, batch_size; each term of the loss where there are several
 speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, mfu and hfu where the device's peak
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pretrain.config.load import dump_config
 from pretrain.config.run import Config
 
 METRIC = "validation/loss"
+UNTABLED = str.maketrans({"|": "\u2502", "`": "\u02cb", "\n": "\u21b5", "\r": "\u21b5", "\t": "\u21e5", " ": "\u2423"})
 GROUPS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -77,6 +78,15 @@ class Board:
     def text(self, step: int, text: str) -> None:
         self._writer.add_text("samples", _as_code(text), step)
         self._writer.flush()
+
+    def attention(self, step: int, images: dict[int, Any], tokens: Sequence[str]) -> None:
+        """images: of each layer, (height, width) uint8; tokens: whose numbers are its rows and columns, in their order."""
+        for layer, image in images.items():
+            self._writer.add_image(f"attention/layer_{layer:02d}", image, step, dataformats="HW")
+        numbers = " | ".join(str(number) for number in range(len(tokens)))
+        names = " | ".join(f"`{token.translate(UNTABLED)}`" for token in tokens)
+        rule = " | ".join("---" for _ in tokens)
+        self._writer.add_text("attention/tokens", f"| {numbers} |\n| {rule} |\n| {names} |", step)
 
     def flush(self) -> None:
         """Bring the events to the disk."""

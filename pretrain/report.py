@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,9 @@ class Silent:
 
     def text(self, step: int, text: str) -> None:
         """A text by the model."""
+
+    def attention(self, step: int, images: dict[int, Any], tokens: Sequence[str]) -> None:
+        """As `pretrain.board.Board.attention`."""
 
     def flush(self) -> None:
         """Bring to the disk what was reported so far."""
@@ -251,6 +254,10 @@ class Reporter(Silent):
         if self.board is not None:
             self.board.text(step, text)
         self.terminal.say(f"step {step:,}, a text by the model:", *(f"  | {line}" for line in text.splitlines()[:12]))
+
+    def attention(self, step: int, images: dict[int, Any], tokens: Sequence[str]) -> None:
+        if self.board is not None:
+            self.board.attention(step, images, tokens)
 
     def flush(self) -> None:
         if self.metrics is not None:

@@ -22,6 +22,7 @@ import torch
 from parallel.engine import Step
 from parallel.grid import Grid
 from pretrain import checkpoint, runs
+from pretrain.attention import as_image, attention_maps, chosen_sample, shown_layers
 from pretrain.build import Built, build
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
@@ -39,6 +40,7 @@ from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.models.gpt import GPT
+from pretrain.models.stack import Stack
 from pretrain.models.transformer import EncoderDecoder
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, labelled_of, objective_of
@@ -82,6 +84,8 @@ def train(run: Run) -> str:
             run.validate()
         if run.due(run.config.monitor.sample_every):
             run.sample()
+        if run.due(run.config.monitor.attention_every):
+            run.draw_attention()
         reason = run.ending(data.stop or run.asked_alone)
         if reason or run.to_be_kept or run.due(run.config.checkpoint.every):
             run.save()
@@ -304,6 +308,20 @@ class Run:
             text = sample_text(model, self.tokenizer, prompt, monitor.sample_tokens, Sampling(0.8, 50))
         self.reporter.text(self.state.step, text)
 
+    def draw_attention(self) -> None:
+        """What each head looks at in the chosen sample, to TensorBoard."""
+        if not self.runs_whole:
+            return
+        self.heartbeat.mark(self.state.step, "attention maps")
+        self.built.train(False)
+        with self.reporter.pause():
+            model = self.built.stages[0].module
+            assert isinstance(model, Stack)
+            shown = chosen_sample(self.config, self.sources, self.objective)
+            maps = attention_maps(model, shown, shown_layers(self.config))
+            images = {layer: as_image(heads) for layer, heads in maps.items()}
+        self.reporter.attention(self.state.step, images, shown.tokens)
+
     @property
     def runs_whole(self) -> bool:
         """A process can run all layers on one token after the other."""
@@ -415,7 +433,7 @@ class Run:
         self.profile.start(self.state.step, self.plan.total_steps - self.state.step)
         runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
-        for name in ("sample_every", "translate_pairs"):
+        for name in ("sample_every", "translate_pairs", "attention_every"):
             if getattr(self.config.monitor, name) is not None and not self.runs_whole:
                 layout = self.grid.layout
                 self.reporter.warn(f"monitor.{name} has no effect under {layout}: no process can run all layers")

@@ -115,6 +115,22 @@ class Config(Section):
         if self.batch.ramp is not None:
             yield Problem("batch.ramp", "has no effect on labelled examples", "remove it")
 
+    def _attention_problems(self) -> Iterator[Problem]:
+        monitor, layers, count = self.monitor, self.monitor.attention_layers, self.model.num_layers
+        unknown = self.model.initial is not None and "num_layers" not in self.model.model_fields_set
+        if layers is not None and not unknown and not (layers and all(0 <= layer < count for layer in layers)):
+            found = f"{layers} is no list of layers 0 to {count - 1}"
+            yield Problem("monitor.attention_layers", found, "name some of these, or null")
+        if monitor.attention_every is None:
+            return
+        if self.model.kind not in ("gpt", "bert"):
+            yield Problem("monitor.attention_every", f"draws no {self.model.kind}, but gpt and bert", "remove it")
+        if not monitor.tensorboard:
+            found = "draws into TensorBoard, which monitor.tensorboard turns off"
+            yield Problem("monitor.attention_every", found, "turn it on, or remove this")
+        if not monitor.sample_prompt and self.data.validation is None:
+            yield Problem("monitor.attention_every", "needs a sample", "set monitor.sample_prompt, or data.validation")
+
     def problems(self) -> Iterator[Problem]:
         yield from self._kind_problems()
         if self.kernels.rotary == "triton" and self.model.positions != "rope":
@@ -128,5 +144,6 @@ class Config(Section):
         for name in ("validate_every", "patience", "translate_pairs"):
             if self.data.validation is None and getattr(monitor, name) is not None:
                 yield Problem(f"monitor.{name}", "needs held-out data", "set data.validation, or remove it")
+        yield from self._attention_problems()
         if monitor.patience is not None and monitor.validate_every is None:
             yield Problem("monitor.patience", "counts validations", "set monitor.validate_every")
