@@ -1,4 +1,4 @@
-"""What a run says of itself, by rank 0: the terminal, metrics.jsonl, TensorBoard and summary.json.
+"""What a run says of itself, by rank 0: the terminal, metrics.jsonl, TensorBoard, summary.json, of a task result.json.
 
 Rates are of the wall clock between steps, all included (data, forward, backward, update, this report) but validation,
 samples and saving; the first step after a start compiles and warms up, and is left out.
@@ -23,7 +23,8 @@ from pretrain.board import Board
 from pretrain.checkpoint import State
 from pretrain.config.run import Config
 from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops
-from pretrain.metrics import Metrics, finite, read_metrics
+from pretrain.metrics import Metrics, finite
+from pretrain.results import RESULT, of_run, validations, write_result
 from pretrain.saving import Saved
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
@@ -158,7 +159,8 @@ class Reporter(Silent):
             self.board.close(ended=False)
 
     def begin(self, state: State) -> None:
-        (self.folder / SUMMARY).unlink(missing_ok=True)
+        for name in (SUMMARY, RESULT):
+            (self.folder / name).unlink(missing_ok=True)
         self.metrics = Metrics(self.folder, state.step)
         if self.config.monitor.tensorboard:
             self.board = Board(self.config, state.step, self.facts.parameters)
@@ -285,7 +287,7 @@ class Reporter(Silent):
 
     def end(self, state: State, reason: str) -> None:
         speed = self.trained / self.trained_seconds if self.trained_seconds else None
-        first = next((line["validation_loss"] for line in self._validations()), None)
+        first = next((line["validation_loss"] for line in validations(self.folder)), None)
         last = self.latest.get("validation_loss")
         summary = {
             "reason": reason,
@@ -305,14 +307,21 @@ class Reporter(Silent):
         partial = self.folder / f".{SUMMARY}.partial"
         partial.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
         os.replace(partial, self.folder / SUMMARY)
+        self._write_result()
         if self.board is not None:
             self.board.close(ended=True)
             self.board = None
         self.terminal.close()
         self.terminal.say(*self._farewell(state, reason, first, last, speed))
 
-    def _validations(self) -> Iterator[dict[str, Any]]:
-        return (line for line in read_metrics(self.folder) if "validation_loss" in line)
+    def _write_result(self) -> None:
+        """Of a task that was validated."""
+        config, objective = self.config, self.config.objective
+        seeds = {"run.seed": config.run.seed, "data.seed": config.data_seed}
+        scored = objective.is_task or objective.kind == "sequence-to-sequence"
+        result = of_run(self.folder, objective.kind, seeds) if scored else None
+        if result is not None:
+            write_result(self.folder, result)
 
     def _farewell(
         self, state: State, reason: str, first: float | None, last: float | None, speed: float | None

@@ -5,7 +5,7 @@ where it was. With rungs the unpromising are stopped early: every trial trains u
 (one rung: Dodge et al. 2020, arXiv 2002.06305, section 5; several: successive halving, Jamieson and Talwalkar 2016).
 
     DIR/trials/NAME/        the runs
-    DIR/result.json         every trial's score; mean, standard deviation, best, expected best of n, share of failed runs
+    DIR/result.json         every trial's seeds and score; what they say together (`pretrain.results`)
     DIR/tensorboard/        hyperparameters beside scores, expected best by budget
 """
 
@@ -31,17 +31,9 @@ from pretrain.config.load import load_config
 from pretrain.config.run import Config
 from pretrain.data.order import key
 from pretrain.errors import UserError
-from pretrain.metrics import read_metrics
-from pretrain.tasks import trials as statistics
+from pretrain.results import Metric, floor_of, of_several, write_result
 
 WEIGHTS, ORDER = "run.seed", "data.seed"
-METRICS = {
-    "classification": ("validation_accuracy", True),
-    "multiple-choice": ("validation_accuracy", True),
-    "regression": ("validation_spearman", True),
-    "tagging": ("validation_f1", True),
-    "question-answering": ("validation_f1", True),
-}
 Overrides = tuple[tuple[str, Any], ...]
 
 
@@ -143,7 +135,7 @@ class Sweep:
     def __init__(self, source: str, common: Sequence[str], trials: Sequence[Trial], rungs: Sequence[Rung]) -> None:
         self.source, self.common, self.trials, self.rungs = source, list(common), list(trials), list(rungs)
         self.config = load_config(source, self.common)
-        self.metric, self.higher = METRICS.get(self.config.objective.kind, ("validation_loss", False))
+        self.metric = Metric.of(self.config.objective.kind)
 
     def run(self, say: Any = print) -> list[Trial]:
         """Train to the end those that no rung stops; returns these."""
@@ -169,48 +161,44 @@ class Sweep:
 
     def score(self, trial: Trial) -> float | None:
         """The best of its validations, as its best checkpoint has it; None where it has none that is a number."""
-        lines = [line.get(self.metric) for line in read_metrics(trial.folder / "run")]
-        values = [value for value in lines if isinstance(value, int | float) and math.isfinite(value)]
-        return (max(values) if self.higher else min(values)) if values else None
+        best = self.metric.best(trial.folder / "run")
+        return None if best is None else best[self.metric.name]
 
     def _rank(self, score: float | None) -> float:
-        return math.inf if score is None else (-score if self.higher else score)
+        return math.inf if score is None else -self.metric.sign * score
 
     def floor(self) -> float | None:
         """The metric without learning, of a task."""
-        told = (line for trial in self.trials for line in read_metrics(trial.folder / "run"))
-        return next((line[f"floor_{self.metric}"] for line in told if f"floor_{self.metric}" in line), None)
+        told = (floor_of(trial.folder / "run").get(self.metric.name) for trial in self.trials)
+        return next((floor for floor in told if floor is not None), None)
+
+    def _seeds(self, trial: Trial) -> dict[str, Any]:
+        """Both, also where the sweep is over something else."""
+        given = {WEIGHTS: self.config.run.seed, ORDER: self.config.data.seed, **dict(trial.overrides)}
+        return {WEIGHTS: given[WEIGHTS], ORDER: given[WEIGHTS] if given[ORDER] is None else given[ORDER]}
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
     def result(self, finished: Sequence[Trial]) -> dict[str, Any]:
         scores = {trial.folder.name: self.score(trial) for trial in self.trials}
-        done = [score for trial in finished if (score := scores[trial.folder.name]) is not None]
-        if not done:
+        done = [scores[trial.folder.name] for trial in finished]
+        if all(score is None for score in done):
             raise UserError("no trial has a validation score: set data.validation and monitor.validate_every")
-        signed = done if self.higher else [-score for score in done]
-        sign = 1.0 if self.higher else -1.0
         best = min(finished, key=lambda trial: self._rank(scores[trial.folder.name]))
-        floor = self.floor()
-        expected = [sign * statistics.expected_best(signed, n) for n in range(1, len(done) + 1)]
         return {
-            "metric": self.metric,
+            "metric": self.metric.name,
             "trials": [
                 {
                     "name": trial.folder.name,
+                    **self._seeds(trial),
                     **dict(trial.overrides),
                     "score": scores[trial.folder.name],
                     "finished": trial in finished,
                 }
                 for trial in self.trials
             ],
-            "mean": statistics.mean(done),
-            "standard_deviation": statistics.standard_deviation(done),
-            "best": scores[best.folder.name],
+            **of_several(self.metric, done, self.floor()),
             "best_trial": best.folder.name,
-            "expected_best": expected,
-            "floor": floor,
-            "share_failed": None if floor is None or not self.higher else statistics.share_failed(done, floor),
             "variance": analysis(self.trials, scores),
         }
 
@@ -325,7 +313,7 @@ def main(args: Namespace) -> int:
         load_config(args.config, [*args.overrides, *trial.words])  # every mistake before the first run
     finished = sweep.run(lambda line: print(line, file=sys.stderr, flush=True))
     result = sweep.result(finished)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
     _to_board(out, result, sweep.config)
     Console(highlight=False).print(_table(result), *_words(result), sep="\n")
     return 0
@@ -360,8 +348,8 @@ def _words(result: dict[str, Any]) -> Iterator[str]:
     yield f"mean {result['mean']:.4f}{spread}, best {result['best']:.4f} (trial {result['best_trial']})"
     shown = [n for n in (1, 2, 5, 10, 20, 50) if n <= len(result["expected_best"])]
     yield "expected best of " + ", ".join(f"{n}: {result['expected_best'][n - 1]:.4f}" for n in shown)
-    if result["floor"] is not None:
-        yield f"without learning {result['floor']:.4f}; failed runs {result['share_failed']:.0%}"
+    floor = "" if result["floor"] is None else f"without learning {result['floor']:.4f}; "
+    yield f"{floor}failed runs {result['share_failed']:.0%}"
     for name, found in (result["variance"] or {}).items():
         verdict = "matters" if found["p"] < 0.05 else "is not shown to matter"
         yield f"the seed of the {name} {verdict}: F({found['degrees']}, {found['rest']}) = {found['f']:.2f}, p = {found['p']:.3f}"

@@ -154,6 +154,12 @@ def test_a_sweep_over_seeds_stops_early_goes_on_and_tells(
     assert result["best"] == max(scores[name] for name in going) and result["metric"] == "validation_accuracy"
     assert result["expected_best"][0] == pytest.approx(result["mean"]) and result["floor"] is not None
     assert len({json.dumps(trial["score"]) for trial in result["trials"]}) > 1, "seeds differ"
+    assert [(one["run.seed"], one["data.seed"]) for one in result["trials"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for name, score in scores.items():
+        alone = json.loads((tmp_path / "sweep" / "trials" / name / "run" / "result.json").read_text())
+        assert alone["metric"] == "validation_accuracy" and alone["best"]["validation_accuracy"] == score
+        assert alone["floor"]["validation_accuracy"] == result["floor"]
+        assert alone["final"]["step"] == (8 if name in going else 4)
     told = capsys.readouterr().out
     assert "stopped early" in told and "expected best of 1: " in told and "without learning" in told
     assert list((tmp_path / "sweep" / "tensorboard").rglob("events.*"))

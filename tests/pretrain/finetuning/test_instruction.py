@@ -198,6 +198,9 @@ def test_a_decoder_learns_to_answer_and_evaluate_gives_the_same_score(tuned: Tun
     assert last["floor_validation_loss"] > last["validation_loss"] and "(without learning: loss " in tuned.told
     assert json.loads((tuned.run / "summary.json").read_text())["best_validation_loss"] == last["validation_loss"]
     assert "a text by the model:\n  | User: text import\n  | Assistant: " in tuned.told
+    result = json.loads((tuned.run / "result.json").read_text())
+    assert result["metric"] == "validation_loss" and result["floor"]["validation_loss"] == last["floor_validation_loss"]
+    assert result["final"]["validation_token_accuracy"] == last["validation_token_accuracy"]
     for size in ("5", "64"):
         ran = running.command("evaluate", tuned.run, "--data", tuned.folder / "dev.jsonl", "--batch-size", size)
         assert ran.code == 0, ran.told
