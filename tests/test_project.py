@@ -101,9 +101,9 @@ def is_accepted(words: Sequence[str]) -> str:
 
 
 PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
-    "python -m pretrain": lambda words: pretrain.parser().parse_args(words),
-    ".venv/bin/python -m pretrain": lambda words: pretrain.parser().parse_args(words),
-    "pretrain": lambda words: pretrain.parser().parse_args(words),
+    "python -m pretrain": lambda words: pretrain.parse(words),
+    ".venv/bin/python -m pretrain": lambda words: pretrain.parse(words),
+    "pretrain": lambda words: pretrain.parse(words),
     "python -m launch": lambda words: launch.parse(words),
     ".venv/bin/python -m launch": lambda words: launch.parse(words),
 }
