@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import __main__ as command
+from pretrain.commands import training
 from pretrain.errors import UserError
 from tests.distributed import REPOSITORY, run_python, start_python
 
@@ -151,7 +152,7 @@ def test_what_a_command_raises_is_its_exit_code(
     def fail(args: object) -> int:
         raise raised
 
-    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setattr(training, "_train", fail)
     assert main(capsys, ["train", "x.yaml"]) == (code, "", stderr)
 
 
@@ -159,13 +160,13 @@ def test_a_fault_of_the_programs_own_keeps_its_traceback(monkeypatch: pytest.Mon
     def fail(args: object) -> int:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setattr(training, "_train", fail)
     with pytest.raises(ValueError, match="a fault"):
         command.main(["train", "x.yaml"])
 
 
 def test_the_exit_code_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_train", lambda args: 3)
+    monkeypatch.setattr(training, "_train", lambda args: 3)
     assert command.main(["train", "x.yaml"]) == 3
     monkeypatch.setattr(sys, "argv", ["pretrain", "train", "x.yaml"])
     assert command.main() == 3

@@ -1,0 +1,191 @@
+"""The commands that make shards and runs: prepare, train, verify, sweep. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from pretrain.commands.adding import Add
+from pretrain.config.profile import add_profile_option, check_profile
+from pretrain.errors import UserError
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from pretrain.data import prepare
+
+    prepare.main(args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pretrain.config.load import help_config
+
+    if args.help_config:
+        print(help_config(), end="")
+        return 0
+    if args.config is None:
+        raise UserError(
+            "name a config file or a run's folder, for example: python -m pretrain train configs/gpt/demo.yaml"
+        )
+    from parallel.layout import rank_and_world
+    from pretrain.data.sources import Sources
+    from pretrain.runs import open_config
+
+    config = open_config(args.config, args.overrides, rank_and_world()[1])
+    sources = Sources.open(config)
+    if args.profile is not None:
+        from pretrain.schedule import Plan
+
+        check_profile(args.profile, Plan(config, sources.train.samples_per_epoch).total_steps)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
+    from pretrain import session
+
+    return session.main(config, sources, args.profile)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pretrain import verify
+
+    return verify.main(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from pretrain import sweep
+
+    return sweep.main(args)
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_commands(add: Add) -> None:
+    _prepare_options(
+        add("prepare", _prepare, "Text to shards of tokens.", "prepare corpus/ --out shards --vocab-size 8192")
+    )
+    train = add("train", _train, "Train, or go on training.", "train configs/gpt/demo.yaml run.seed=2")
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a run's folder to go on with")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
+    train.add_argument(
+        "--help-config", action="store_true", help="print every field with its default and meaning, as YAML"
+    )
+    add_profile_option(train)
+    verify = add(
+        "verify",
+        _verify,
+        "Show that layouts train the same.",
+        'verify configs/gpt/demo.yaml --layouts "tp=2" "pp=2,zero=1"',
+    )
+    verify.add_argument("config", metavar="CONFIG", help="a YAML file")
+    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
+    verify.add_argument(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="LAYOUT",
+        help='such as "tp=2,sp,pp=2,zero=1,micro=2,recompute=full"',
+    )
+    verify.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps of each (default: 20)")
+    verify.add_argument("--tiny", action="store_true", help="the same options at small sizes")
+    verify.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    verify.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds a run may be silent (default: 600)"
+    )
+    _sweep_options(add)
+
+
+def _prepare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="text files, .jsonl(.gz, .zst), folders, or - for standard input"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="new folder for train/, validation/ and the report"
+    )
+    command.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources as corpus")
+    command.add_argument(
+        "--pairs",
+        action="store_true",
+        help="TEXT is a table of sources and targets (.tsv, .csv, .jsonl), or two files whose lines belong together",
+    )
+    for side in ("source", "target"):
+        text = f"with --pairs: tokens of a row's {side}s; a longer pair is left out (default: 128)"
+        command.add_argument(f"--{side}-length", type=int, metavar="N", help=text)
+    command.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="of the tokenizer that is trained (default: 8192, or what the text supports)",
+    )
+    command.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="to use instead of training one: a SentencePiece .model, or Hugging Face's tokenizer.json, vocab.txt or folder",
+    )
+    command.add_argument("--model-type", choices=("bpe", "unigram"), help="kind of tokenizer to train (default: bpe)")
+    command.add_argument("--user-symbols", nargs="+", metavar="TEXT", help="strings that always are one token")
+    command.add_argument(
+        "--validation",
+        type=float,
+        metavar="FRACTION",
+        help="share of documents held out, by their hash (default: 0.01)",
+    )
+    command.add_argument(
+        "--split", choices=("file", "blank-line"), help="what a document is in text files (default: file)"
+    )
+    command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
+    command.add_argument(
+        "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
+    )
+    command.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes that tokenize (default: one a core); never changes the result",
+    )
+    command.add_argument(
+        "--max-train-bytes",
+        type=int,
+        metavar="N",
+        help="text that the tokenizer is trained on, at most (default: 32 MiB)",
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
+    command.add_argument(
+        "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
+    )
+
+
+def _sweep_options(add: Add) -> None:
+    sweep = add(
+        "sweep",
+        _sweep,
+        "Many runs of one config: seeds, or a search over its fields.",
+        "sweep configs/finetune/classification.yaml --out sweeps/reviews --seeds-weights 5 --seeds-order 5 --keep 8 --at 0.3",
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="a YAML file")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file, in all"
+    )
+    sweep.add_argument("--out", required=True, metavar="DIR", help="new folder, or that of a sweep that was stopped")
+    sweep.add_argument(
+        "--seeds-weights", type=int, default=1, metavar="N", help="seeds of the initial weights (default: 1)"
+    )
+    sweep.add_argument("--seeds-order", type=int, default=1, metavar="N", help="seeds of the data's order (default: 1)")
+    sweep.add_argument(
+        "--first-seed", type=int, default=1, metavar="N", help="the first of either, and of draws (default: 1)"
+    )
+    sweep.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="PATH=VALUES",
+        help="a,b,c; or low..high, low..high:log with --trials",
+    )
+    sweep.add_argument(
+        "--trials", type=int, metavar="N", help="draw so many of the search's values instead of all combinations"
+    )
+    sweep.add_argument("--keep", type=int, metavar="P", help="trials that go on after --at")
+    sweep.add_argument(
+        "--at", type=float, default=0.3, metavar="F", help="with --keep: share of the schedule (default: 0.3)"
+    )
+    sweep.add_argument(
+        "--halving", action="store_true", help="successive halving: a third goes on at each third of the way"
+    )
