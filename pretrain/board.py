@@ -1,6 +1,7 @@
 """TensorBoard files of a run: scalars in six groups, text by the model, attention maps, the config, and hyperparameters.
 
-train/       loss, grad_norm, learning_rate, batch_size; each term of the loss where there are several
+train/       loss, grad_norm, learning_rate, batch_size, of several phases seq_length; each term of the loss where there
+             are several
 speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, mfu and hfu where the device's peak
              is known
 memory/      gibibytes
@@ -30,6 +31,7 @@ GROUPS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "batch_size": "train/batch_size",
+    "seq_length": "train/seq_length",
     "tokens_per_second": "speed/tokens_per_second",
     "examples_per_second": "speed/examples_per_second",
     "step_seconds": "speed/step_seconds",

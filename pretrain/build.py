@@ -26,6 +26,7 @@ from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.models.make import make_model
+from pretrain.models.stack import Stack
 from pretrain.sizes import Sizes
 from pretrain.trainable import frozen_weights, layer_of
 
@@ -76,6 +77,9 @@ def build_stages(
     for cut in cuts(stage_layers(config, shape.vocab_size), layout.pipeline, grid.stage):
         try:
             model = make_model(config, parts, shape, cut.layers, cut.first, cut.last)
+            for phase in config.data.phases:
+                assert isinstance(model, Stack), "an encoder-decoder has no phases"
+                model.prepare(phase.seq_length)
         except Refused as error:
             raise UserError(f"kernels.attention: {error}") from None
         for path, parameter in model.named_parameters():

@@ -71,8 +71,11 @@ def memory(
     frozen: Frozen = ALL_LEARN,
 ) -> Memory:
     """Of a rank of pipeline stage `stage`; layers: of each part of the pipeline (`pretrain.build.stage_layers`); size:
-    sequences a step over all ranks, the config's unless given; frozen: of the rank (`pretrain.trainable.frozen_on`).
-    precision.compute must be decided."""
+    sequences a step over all ranks, the config's unless given; frozen: of the rank (`pretrain.trainable.frozen_on`). Of
+    several phases the highest. precision.compute must be decided."""
+    if config.data.phases:
+        each = (memory(phase, layout, layers, vocab_size, stage, size, frozen) for phase in config.phases)
+        return max(each, key=lambda found: found.peak)
     place = replace(_place(config, layout, layers, vocab_size, stage), frozen=frozen)
     micro_batches = (size or config.batch.size) // layout.data // config.batch.micro_size
     states = _states(place)

@@ -1,7 +1,7 @@
 """What a run says of itself, by rank 0: the terminal, metrics.jsonl, TensorBoard, summary.json, of a task result.json.
 
 Rates are of the wall clock between steps, all included (data, forward, backward, update, this report) but validation,
-samples and saving; the first step after a start compiles and warms up, and is left out.
+samples and saving; the first step after a start, and of each phase, compiles and warms up, and is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops
 from pretrain.metrics import Metrics, finite
 from pretrain.results import RESULT, of_run, validations, write_result
 from pretrain.saving import Saved
+from pretrain.schedule import Plan
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
 
@@ -38,9 +39,7 @@ class Facts(NamedTuple):
     parameters: int
     frozen: int  # of these, that do not learn
     vocab_size: int
-    samples_per_epoch: int
-    total_steps: int
-    total_tokens: int
+    plan: Plan
     compiled: str
     kernels: str
     passed_over: list[str]
@@ -63,8 +62,8 @@ class Silent:
 
     def warn(self, text: str) -> None: ...
 
-    def step_done(self, tokens: int, waited: float) -> None:
-        """A step over `tokens` ended, of which `waited` seconds were for data."""
+    def step_done(self, step: int, waited: float) -> None:
+        """The step-th step ended, of which `waited` seconds were for data."""
 
     def log(self, **fields: Any) -> None:
         """The numbers of a step that is due."""
@@ -96,7 +95,7 @@ class Silent:
 
 
 class Rates:
-    """Time, tokens (or examples) and waiting of the steps since the last report."""
+    """Time, tokens (or examples), FLOPs and waiting of the steps since the last report."""
 
     def __init__(self, unit: str) -> None:
         self.warm, self.unit = False, unit
@@ -104,14 +103,17 @@ class Rates:
 
     def clear(self) -> float:
         self.seconds, self.steps, self.tokens, self.waited = 0.0, 0, 0, 0.0
+        self.flops = {"mfu": 0.0, "hfu": 0.0}
         self.started = time.perf_counter()
         return self.started
 
-    def add(self, tokens: int, waited: float) -> None:
+    def add(self, tokens: int, waited: float, flops: dict[str, float]) -> None:
+        """flops: of a token, as the two utilizations count them."""
         now = time.perf_counter()
         if self.warm:
             self.seconds += now - self.started
             self.steps, self.tokens, self.waited = self.steps + 1, self.tokens + tokens, self.waited + waited
+            self.flops = {name: sum + tokens * flops[name] for name, sum in self.flops.items()}
         self.started, self.warm = now, True
 
     def fields(self) -> dict[str, float]:
@@ -130,7 +132,8 @@ class Reporter(Silent):
     def __init__(self, config: Config, grid: Grid, facts: Facts) -> None:
         self.config, self.grid, self.facts = config, grid, facts
         self.folder = Path(config.run.dir)
-        self.terminal = Terminal(facts.total_steps)
+        self.plan = facts.plan
+        self.terminal = Terminal(facts.plan.total_steps)
         self.metrics: Metrics | None = None
         self.board: Board | None = None
         self.unit = "examples" if config.objective.is_task else "tokens"
@@ -140,14 +143,7 @@ class Reporter(Silent):
         self.latest: dict[str, float] = {}
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
-        shape = config.model, facts.vocab_size, config.data.seq_length
-        predicted = config.objective.predicted(config.data.seq_length) / config.data.seq_length
-        pairs = config.model.kind == "encoder-decoder"
-        lengths = config.objective.lengths(config.data.seq_length) if pairs else None
-        self.flops = {
-            "mfu": flops_per_token(*shape, predicted, lengths),
-            "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
-        }
+        self.flops = [needed_flops(phase, facts.vocab_size) for phase in self.plan.phases]
         # The formula has every weight's gradient: no share of the peak is told where some have none.
         self.peak = peak * grid.world if peak and not facts.frozen else None
 
@@ -173,15 +169,15 @@ class Reporter(Silent):
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
-        epochs = facts.total_tokens / max(facts.samples_per_epoch * config.data.seq_length, 1)
+        steps = self.plan.total_steps
         yield (
             f"{self.folder}: {config.model.kind} of {short(facts.parameters)} parameters{self._learning()}, "
             f"{config.precision.compute}, "
             f"{facts.compiled}, on {where}, layout {self.grid.layout}"
         )
         folders = ", ".join(config.data.train_folders)
-        size = short(facts.total_tokens / (1 if self.unit == "tokens" else config.data.seq_length))
-        yield f"{facts.total_steps:,} steps, {size} {self.unit} ({epochs:.2f} epochs of {folders})"
+        size, epochs = short(self._seen(steps)), self.plan.epochs_before(steps)
+        yield f"{steps:,} steps, {size} {self.unit} ({epochs:.2f} epochs of {folders})"
         if facts.start:
             yield facts.start
         yield from facts.findings
@@ -190,6 +186,19 @@ class Reporter(Silent):
             yield f"  not {reason}"
         if state.step:
             yield f"going on after step {state.step:,}"
+        if len(self.plan.phases) > 1:
+            yield self._phase(self.plan.phase(state.step))
+            if self.plan.phase(steps - 1) < len(self.plan.phases) - 1:
+                yield f"warning: schedule.total ends before a step is of data.seq_length {config.data.seq_length}"
+
+    def _phase(self, number: int) -> str:
+        of, phases = self.plan.phases[number], len(self.plan.phases)
+        length, end = of.data.seq_length, self.plan.end_of(number)
+        return f"phase {number + 1} of {phases}: sequences of {length:,} tokens up to step {end:,}"
+
+    def _seen(self, step: int) -> int:
+        """Tokens, or of a task examples, of the steps up to this one."""
+        return self.plan.tokens_before(step) if self.unit == "tokens" else self.plan.samples_before(step)
 
     def _learning(self) -> str:
         parameters, frozen = self.facts.parameters, self.facts.frozen
@@ -202,9 +211,13 @@ class Reporter(Silent):
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}")
 
-    def step_done(self, tokens: int, waited: float) -> None:
-        self.rates.add(tokens, waited)
+    def step_done(self, step: int, waited: float) -> None:
+        phase = self.plan.phase(step - 1)
+        self.rates.add(self._seen(step) - self._seen(step - 1), waited, self.flops[phase])
         self.terminal.step()
+        if step < self.plan.total_steps and self.plan.phase(step) > phase:
+            self.terminal.say(f"step {step:,}: {self._phase(self.plan.phase(step))}")
+            self.rates.warm = False
 
     def log(self, **fields: Any) -> None:
         assert self.metrics is not None
@@ -212,12 +225,12 @@ class Reporter(Silent):
         fields |= {**rates, **self.saves, "memory_bytes": self._memory()}
         self.saves = {}
         if rates and self.peak and self.unit == "tokens":
-            fields |= {name: rates["tokens_per_second"] * flops / self.peak for name, flops in self.flops.items()}
+            fields |= {name: sum / self.rates.seconds / self.peak for name, sum in self.rates.flops.items()}
         self.trained += self.rates.tokens
         self.trained_seconds += self.rates.seconds
         self.metrics.write(fields)
         if self.board is not None:
-            self.board.scalars(fields["step"], {**fields, "epochs": fields["samples"] / self.facts.samples_per_epoch})
+            self.board.scalars(fields["step"], {**fields, "epochs": self.plan.epochs_before(fields["step"])})
         self.latest = fields
         self.terminal.log(fields)
         self.rates.clear()
@@ -293,7 +306,7 @@ class Reporter(Silent):
             "reason": reason,
             "step": state.step,
             "samples": state.samples,
-            **({"tokens": state.samples * self.config.data.seq_length} if self.unit == "tokens" else {}),
+            **({"tokens": self._seen(state.step)} if self.unit == "tokens" else {}),
             "parameters": self.facts.parameters,
             **({"trainable_parameters": self.facts.parameters - self.facts.frozen} if self.facts.frozen else {}),
             "loss": self.latest.get("loss"),
@@ -328,8 +341,7 @@ class Reporter(Silent):
     ) -> Iterator[str]:
         told = f", {speed:,.0f} {self.unit}/s" if speed else ""
         if reason == "finished":
-            count = state.samples * (self.config.data.seq_length if self.unit == "tokens" else 1)
-            yield f"finished: {state.step:,} steps, {short(count)} {self.unit}{told}"
+            yield f"finished: {state.step:,} steps, {short(self._seen(state.step))} {self.unit}{told}"
         if reason == "early-stop":
             best = f"the best {self.criterion} was {state.best_loss:.4f} at step {state.best_step}"
             yield f"stopped early at step {state.step:,}: {best}"
@@ -343,6 +355,17 @@ class Reporter(Silent):
         if reason == "stopped":
             yield f"stopped after step {state.step:,}, which is saved{told}. Go on with"
             yield f"  python -m pretrain train {self.folder}"
+
+
+def needed_flops(config: Config, vocab_size: int) -> dict[str, float]:
+    """Of a token of training: what the model needs, and what is computed."""
+    length, objective = config.data.seq_length, config.objective
+    shape, predicted = (config.model, vocab_size, length), objective.predicted(length) / length
+    lengths = objective.lengths(length) if config.model.kind == "encoder-decoder" else None
+    return {
+        "mfu": flops_per_token(*shape, predicted, lengths),
+        "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
+    }
 
 
 def short(count: float) -> str:

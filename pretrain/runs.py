@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.layout import layout_problems
-from pretrain.config.load import dump_config, load_config, problem_error, resume_problems, shapes_of
+from pretrain.config.load import dump_config, fitting_problems, load_config, problem_error, resume_problems
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import LABELS, keep_labels
@@ -40,7 +39,7 @@ def open_config(source: str, overrides: list[str], world: int) -> Config:
         config = load_config(path, overrides)
         saved = load_config(Path(config.run.dir) / CONFIG) if (Path(config.run.dir) / CONFIG).is_file() else None
         config = with_initial(config, saved)
-    problems = layout_problems(config.parallel, shapes_of(config), world)
+    problems = fitting_problems(config, world)
     folder = Path(config.run.dir)
     if (folder / CONFIG).is_file() and any((folder / CHECKPOINTS).glob("step-*")):
         saved = load_config(folder / CONFIG)

@@ -146,18 +146,23 @@ class Run:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def data(self) -> Iterator[StepData]:
-        """The steps from here to the schedule's end; one prefetch thread reads ahead."""
-        steps = self.plan.steps_from(self.state.step)
+        """The steps from here to the schedule's end."""
+        for phase in range(self.plan.phase(self.state.step), len(self.plan.phases)):
+            yield from self._data_of(phase)
+
+    def _data_of(self, phase: int) -> Iterator[StepData]:
+        """The steps from here to the phase's end; one prefetch thread reads ahead."""
+        end = self.plan.end_of(phase)
         source = prefetch(
-            self.sources.train,
-            steps,
+            self.sources.phases[phase],
+            self.plan.steps_from(self.state.step, end),
             self.grid.data_rank,
             self.grid.data_size,
             self.config.data.prefetch,
             self.objective.also,
         )
         try:
-            while self.state.step < self.plan.total_steps:
+            while self.state.step < end:
                 self.heartbeat.mark(self.state.step + 1, "data")
                 self.profile.begin_step()
                 with self.profile.phase("data"):
@@ -170,7 +175,7 @@ class Run:
             source.close()
 
     def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
-        size = self.config.batch.micro_size
+        size = self.plan.micro_size(self.state.step)
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
@@ -237,7 +242,7 @@ class Run:
         return self.plan.due(every, self.before.step, self.state.step)
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
-        self.reporter.step_done(data.size * (1 if self.sources.task else self.config.data.seq_length), data.waited)
+        self.reporter.step_done(self.state.step, data.waited)
         self.tell_saved()
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
@@ -245,8 +250,9 @@ class Run:
         losses, digest = self.global_facts(data, loss)
         self.reporter.log(
             step=self.state.step,
-            **({} if self.sources.task else {"tokens": self.state.samples * self.config.data.seq_length}),
+            **({} if self.sources.task else {"tokens": self.plan.tokens_before(self.state.step)}),
             samples=self.state.samples,
+            **({} if len(self.plan.phases) == 1 else {"seq_length": self.plan.seq_length(self.before.step)}),
             loss=sum(losses.values()),
             **({f"{term}_loss": mean for term, mean in losses.items()} if len(losses) > 1 else {}),
             grad_norm=update.grad_norm.item(),
@@ -291,7 +297,7 @@ class Run:
             best_step=self.state.step if best else self.state.best_step,
             validations_since_best=0 if best else self.state.validations_since_best + 1,
         )
-        self.reporter.validation(self.state.step, self.state.samples * self.config.data.seq_length, result)
+        self.reporter.validation(self.state.step, self.plan.tokens_before(self.state.step), result)
 
     def sample(self) -> None:
         """A text by the model as it is, to TensorBoard."""
@@ -445,9 +451,7 @@ class Run:
             parameters=parameters_of(self.config, sources.sizes),
             frozen=sum(map(math.prod, self.frozen.values())),
             vocab_size=sources.vocabulary.size,
-            samples_per_epoch=sources.train.samples_per_epoch,
-            total_steps=self.plan.total_steps,
-            total_tokens=self.plan.tokens_before(self.plan.total_steps),
+            plan=self.plan,
             compiled=self.built.compiled,
             kernels=self.built.kernels,
             passed_over=self.built.passed_over,

@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.grid import start_grid
-from parallel.layout import Layout, ParallelConfig, Problem, layout_problems, rank_and_world
+from parallel.layout import Layout, ParallelConfig, Problem, rank_and_world
 from parallel.sketch import Sketch, logical_sizes, sketches
 from pretrain import ranks
 from pretrain.build import stage_layers
 from pretrain.comparison import Comparison, Trace, compare, spread
-from pretrain.config.load import load_config, problem_error, shapes_of
+from pretrain.config.data import Phase
+from pretrain.config.duration import Span
+from pretrain.config.load import fitting_problems, load_config, problem_error
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.errors import UserError
@@ -142,7 +144,10 @@ def other_micro_sizes(config: Config) -> list[int]:
 
 
 def with_micro(config: Config, size: int) -> Config:
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": size})})
+    """The config with micro-batches of `size` in every phase."""
+    phases = [phase.model_copy(update={"micro_size": None}) for phase in config.data.phases]
+    data = config.data.model_copy(update={"phases": phases})
+    return config.model_copy(update={"data": data, "batch": config.batch.model_copy(update={"micro_size": size})})
 
 
 def _cases(config: Config, texts: Sequence[str]) -> list[Case]:
@@ -155,7 +160,7 @@ def _cases(config: Config, texts: Sequence[str]) -> list[Case]:
         except ValueError as error:
             problems.append(Problem(text, str(error), ""))
             continue
-        wrong = layout_problems(case.config.parallel, shapes_of(case.config), case.processes)
+        wrong = fitting_problems(case.config, case.processes)
         problems += [problem._replace(path=f"{text}: {problem.path}") for problem in wrong]
         cases.append(case)
     if problems:
@@ -186,7 +191,7 @@ def case_of(config: Config, text: str) -> Case:
         return Case(text, with_micro(under, int(more["micro"])), layout.size)
     for size in range(config.batch.micro_size, 0, -1):
         fitting = with_micro(under, size)
-        if not any(p.path == "batch.micro_size" for p in layout_problems(parallel, shapes_of(fitting), layout.size)):
+        if not any(p.path.endswith("batch.micro_size") for p in fitting_problems(fitting, layout.size)):
             return Case(text, fitting, layout.size)
     return Case(text, under, layout.size)
 
@@ -215,7 +220,7 @@ def tiny(config: Config) -> Config:
     return config.model_copy(
         update={
             "model": shape,
-            "data": config.data.model_copy(update={"seq_length": _short(config)}),
+            "data": config.data.model_copy(update={"seq_length": _short(config), "phases": _brief(config)}),
             "objective": config.objective.model_copy(update={"source_length": None}),
             "batch": config.batch.model_copy(update={"size": 8, "micro_size": 2, "ramp": None}),
         }
@@ -227,6 +232,16 @@ def _short(config: Config) -> int:
     if config.model.kind != "encoder-decoder" or config.objective.kind == "sequence-to-sequence":
         return 32
     return next(length for length in count(32) if not any(part % 8 for part in config.objective.lengths(length)))
+
+
+def _brief(config: Config) -> list[Phase]:
+    """The phases at a tiny length and batch, over after two steps each, so that a few steps see them all."""
+    changes = {"seq_length": 16, "length": Span(2, "steps"), "micro_size": None}
+    sizes = [None if phase.batch_size is None else 16 for phase in config.data.phases]
+    return [
+        phase.model_copy(update={**changes, "batch_size": size})
+        for phase, size in zip(config.data.phases, sizes, strict=True)
+    ]
 
 
 # -- telling -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ FREE = (
     "data.train",
     "data.validation",
     "data.prefetch",
+    "data.phases.micro_size",
 )
 
 
@@ -69,13 +71,25 @@ def problem_error(title: str, problems: Iterable[Problem]) -> UserError:
 
 def check_layout(config: Config, world: int) -> None:
     """Raises UserError with everything that keeps the run from `world` processes."""
-    problems = layout_problems(config.parallel, shapes_of(config), world)
+    problems = fitting_problems(config, world)
     if problems:
         raise problem_error("the layout does not fit this run", problems)
 
 
+def fitting_problems(config: Config, world: int) -> list[Problem]:
+    """Everything that keeps the run, in any of its phases, from `world` processes under its layout."""
+    *earlier, last = (layout_problems(config.parallel, shapes_of(phase), world) for phase in config.phases)
+    named = [
+        problem._replace(path=f"data.phases.{number}: {problem.path}")
+        for number, problems in enumerate(earlier)
+        for problem in problems
+        if problem not in last
+    ]
+    return last + named
+
+
 def shapes_of(config: Config) -> Shapes:
-    """The numbers of a run that its layout has to divide."""
+    """The numbers of a run, or of one of its phases, that its layout has to divide."""
     model, batch = config.model, config.batch
     ramp = range(batch.ramp.start, batch.size, batch.ramp.increment) if batch.ramp else ()
     return Shapes(
@@ -101,7 +115,8 @@ def resume_problems(saved: Config, wished: Config) -> list[Problem]:
 
 def _refusal(path: str, saved: Config, wished: Config) -> str:
     """How to mend a difference at `path`; empty if it is allowed."""
-    if any(path == free or path.startswith(f"{free}.") for free in FREE):
+    plain = re.sub(r"\.\d+\b", "", path)  # without the places in lists
+    if any(plain == free or plain.startswith(f"{free}.") for free in FREE):
         return ""
     if path == "schedule.total":
         before, after = saved.schedule.total, wished.schedule.total
@@ -115,8 +130,16 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif _sections_of(old) and _sections_of(new) and len(old) == len(new):
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{path}.{number}")
     elif old != new:
         yield path, old, new
+
+
+def _sections_of(value: Any) -> bool:
+    """Whether it is a list of sections."""
+    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -240,9 +263,9 @@ def _field(keys: list[str]) -> FieldInfo | None:
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section class of a field, also of one that may be null."""
+    """The section class of a field, also of one that may be null or is a list of sections."""
     annotation = field.annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType, list) else (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 

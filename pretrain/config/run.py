@@ -54,6 +54,23 @@ class Config(Section):
         return self.run.seed if self.data.seed is None else self.data.seed
 
     @property
+    def phases(self) -> list[Config]:
+        """The run's phases in order, each as the config of a run that has no other; the last is of data.seq_length."""
+        if not self.data.phases:
+            return [self]
+        longest = max(self.data.seq_length, self.model.max_positions or 0)
+        model = self.model.model_copy(update={"max_positions": longest})  # the tables are as long in every phase
+        return [
+            *(self._phase(model, part.seq_length, part.batch_size, part.micro_size) for part in self.data.phases),
+            self._phase(model, self.data.seq_length, None, None),
+        ]
+
+    def _phase(self, model: ModelConfig, length: int, size: int | None, micro_size: int | None) -> Config:
+        data = self.data.model_copy(update={"seq_length": length, "phases": []})
+        sizes = {"size": size or self.batch.size, "micro_size": micro_size or self.batch.micro_size}
+        return self.model_copy(update={"model": model, "data": data, "batch": self.batch.model_copy(update=sizes)})
+
+    @property
     def lengths(self) -> list[tuple[str, int]]:
         """The sequences that a sample is to the model, each with its name and its tokens."""
         length = self.data.seq_length
@@ -83,9 +100,23 @@ class Config(Section):
             yield Problem("objective.kind", f"{objective} has its head on one stack", "take a gpt or a bert")
         elif model == "encoder-decoder":
             yield from self._length_problems()
-        if objective == "masked" and self.data.seq_length < LEAST_MASKED:
-            found = f"{self.data.seq_length} leaves no room beside [CLS] and [SEP]"
-            yield Problem("data.seq_length", found, f"give at least {LEAST_MASKED}")
+        lengths = {f"data.phases.{n}.seq_length": phase.seq_length for n, phase in enumerate(self.data.phases)}
+        for path, length in {**lengths, "data.seq_length": self.data.seq_length}.items():
+            if objective == "masked" and length < LEAST_MASKED:
+                yield Problem(path, f"{length} leaves no room beside [CLS] and [SEP]", f"give at least {LEAST_MASKED}")
+        if self.data.phases:
+            yield from self._phase_problems()
+
+    def _phase_problems(self) -> Iterator[Problem]:
+        if self.objective.is_task:
+            yield Problem("data.phases", "has no effect on labelled examples", "remove it")
+        elif self.model.kind == "encoder-decoder":
+            found = "an encoder-decoder's source and target have one length each for the whole run"
+            yield Problem("data.phases", found, "remove it")
+        sized = [n for n, phase in enumerate(self.data.phases) if phase.batch_size is not None]
+        if sized and self.batch.ramp is not None:
+            found = "batch.ramp decides how many sequences a step has"
+            yield Problem(f"data.phases.{sized[0]}.batch_size", found, "remove it, or batch.ramp")
 
     def _length_problems(self) -> Iterator[Problem]:
         length, objective = self.data.seq_length, self.objective

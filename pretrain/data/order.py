@@ -96,7 +96,8 @@ def _feistel(x: Words, height: Words, width: Words, keys: Words) -> Words:
 
 
 class Order:
-    """Order of one source, or of a mixture with `weights` (default: by their numbers of samples)."""
+    """Order of one source, or of a mixture with `weights` (default: by their numbers of samples). first: sample number that
+    stands at the order's beginning."""
 
     def __init__(
         self,
@@ -105,13 +106,14 @@ class Order:
         weights: Sequence[float] | None = None,
         lanes: int = 256,
         window: int = 16,
+        first: int = 0,
     ) -> None:
         if not sources or any(source.samples < 1 or source.per_chunk < 1 for source in sources):
             raise ValueError("an order needs at least one source, each with at least one sample")
         if lanes < 1 or window < 1:
             raise ValueError(f"lanes and window must be at least 1, not {lanes} and {window}")
         self.sources, self.lanes, self.window = list(sources), lanes, window
-        self.seed = seed % 2**64
+        self.seed, self.first = seed % 2**64, first
         self.weights = list(weights) if weights is not None else [float(source.samples) for source in sources]
         if len(self.weights) != len(sources) or not all(0 < weight < float("inf") for weight in self.weights):
             raise ValueError("weights must be one positive number for each source")
@@ -140,10 +142,10 @@ class Order:
         self._before = np.concatenate([np.zeros((len(visits), 1), np.int64), np.cumsum(taken, axis=1)], axis=1)
 
     def locate(self, numbers: Integers) -> tuple[Integers, Integers]:
-        """Source and sample of each sample number. numbers (B,) int64, at least 0; returns two (B,) int64 arrays."""
-        numbers = np.asarray(numbers, np.int64)
+        """Source and sample of each sample number. numbers (B,) int64, at least `first`; returns two (B,) int64 arrays."""
+        numbers = np.asarray(numbers, np.int64) - self.first
         if numbers.size and numbers.min() < 0:
-            raise ValueError("sample numbers begin at 0")
+            raise ValueError(f"sample numbers begin at {self.first}")
         if len(self.sources) == 1:
             epoch, place = np.divmod(numbers, self.sources[0].samples)
             inside = self._inside(0, epoch, place % self.lanes, place // self.lanes)

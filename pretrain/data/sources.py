@@ -16,6 +16,7 @@ from pretrain.finetuning.opening import open_examples
 from pretrain.finetuning.tasks import Task
 from pretrain.inherit import initial_tokenizer
 from pretrain.runs import CONFIG, run_tokenizer
+from pretrain.schedule import segments
 from pretrain.sizes import Sizes
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES
@@ -24,7 +25,9 @@ from pretrain.vocabulary import Vocabulary, vocabulary_of
 
 @dataclass(frozen=True)
 class Sources:
-    """Text in shards; or, of a `task`, labelled examples, of which those held out are `examples`."""
+    """Text in shards; or, of a `task`, labelled examples, of which those held out are `examples`.
+
+    train: of data.seq_length; `earlier`: of the phases before, in order. Held-out text is of data.seq_length in all phases."""
 
     train: Stream | ExampleStream
     validation: Stream | None
@@ -32,6 +35,7 @@ class Sources:
     vocabulary: Vocabulary
     task: Task | None = None
     examples: Examples | None = None
+    earlier: tuple[Stream, ...] = ()
 
     @classmethod
     def open(cls, config: Config) -> Sources:
@@ -41,7 +45,7 @@ class Sources:
         data, seed = config.data, config.data_seed
         for folder in (*data.train_folders, *([data.validation] if data.validation else [])):
             _check_packing(config, Manifest.load(folder))
-        train = Stream(data.train_folders, data.seq_length, seed, data.lanes, data.window, weights=data.weights)
+        *earlier, train = _streams(config)
         validation = None
         if data.validation is not None:
             validation = Stream([data.validation], data.seq_length, seed, shuffle=False)
@@ -49,7 +53,7 @@ class Sources:
         tokenizer = train.manifests[0].tokenizer()
         if config.model.initial is not None:
             _check_initial(tokenizer, config.model.initial)
-        return cls(train, validation, tokenizer, vocabulary_of(config, tokenizer))
+        return cls(train, validation, tokenizer, vocabulary_of(config, tokenizer), earlier=tuple(earlier))
 
     @classmethod
     def _of_examples(cls, config: Config) -> Sources:
@@ -57,6 +61,11 @@ class Sources:
         vocabulary = vocabulary_of(config, tokenizer)
         task, train, held_out = open_examples(config, tokenizer, vocabulary)
         return cls(ExampleStream(task, train, config.data_seed), None, tokenizer, vocabulary, task, held_out)
+
+    @property
+    def phases(self) -> list[Stream | ExampleStream]:
+        """The training stream of each phase."""
+        return [*self.earlier, self.train]
 
     @property
     def sizes(self) -> Sizes:
@@ -67,10 +76,29 @@ class Sources:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of both recipes: the same exactly when every sample number has the same tokens."""
-        recipes = [stream.fingerprint for stream in (self.train, self.validation) if stream is not None]
+        """SHA-256 of all recipes: the same exactly when every sample number has the same tokens."""
+        recipes = [stream.fingerprint for stream in (*self.phases, self.validation) if stream is not None]
         recipes += [self.examples.digest] if self.examples is not None else []
         return hashlib.sha256(" ".join(recipes).encode()).hexdigest()
+
+
+def _streams(config: Config) -> list[Stream]:
+    """Of each phase, which begins with its first segment's first sample."""
+    data = config.data
+    begins = {segment.phase: segment for segment in reversed(list(segments(config)))}
+    return [
+        Stream(
+            data.train_folders,
+            phase.data.seq_length,
+            config.data_seed,
+            data.lanes,
+            data.window,
+            weights=data.weights,
+            begin=begins[number].sample,
+            tokens=begins[number].tokens,
+        )
+        for number, phase in enumerate(config.phases)
+    ]
 
 
 def _kept_tokenizer(config: Config) -> Tokenizer:

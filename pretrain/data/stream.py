@@ -3,6 +3,10 @@
 A global batch is the sample numbers n0 .. n0 + B - 1. Sorted by lane, each rank takes its equal slice, so what a batch
 holds never depends on the number of ranks, and a rank keeps to its own chunks. A source's chunk of C tokens gives C / T
 sequences of T tokens, each with its last target.
+
+A run of several phases has a stream for each over the same folders. The one of a later phase goes on in the epoch where the
+tokens of those before it end, so that a run of less than an epoch reads on in chunks that it has not read (but for those that
+it was in the middle of, and for the order's tail, which each length shuffles by itself).
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class Stream:
 
     seq_length: T, the tokens of a sequence (one more is read: the last target). seed, lanes, window: of the order, see
     `pretrain.data.order`. shuffle=False: samples in the order in which they lie. weights: of several folders (default:
-    by their sizes). Raises UserError for whatever is wrong with the folders, before a token is read.
+    by their sizes). begin, tokens: the first sample number that is the stream's, and the run's tokens before it. Raises
+    UserError for whatever is wrong with the folders, before a token is read.
     """
 
     def __init__(
@@ -47,15 +52,18 @@ class Stream:
         window: int = 16,
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
+        begin: int = 0,
+        tokens: int = 0,
     ) -> None:
         if not folders:
             raise UserError("There is no folder of shards to read.")
         self.manifests = [Manifest.load(folder) for folder in folders]
         _check_same_tokenizer(self.manifests)
         self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
+        self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         sources = [_source(manifest, seq_length) for manifest in self.manifests]
         try:
-            self.order = Order(sources, seed, weights, lanes, window) if shuffle else Sequential(sources)
+            self.order = Order(sources, seed, weights, lanes, window, self.first) if shuffle else Sequential(sources)
         except ValueError as error:
             raise UserError(f"The data's order cannot be made: {error}.") from error
         self.recipe = {
@@ -68,6 +76,7 @@ class Stream:
             "lanes": lanes,
             "window": window,
             "shuffle": shuffle,
+            **({"begin": begin, "first": self.first} if begin else {}),  # of a later phase
         }
         self._chunks = [Chunks(manifest) for manifest in self.manifests]
         self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
@@ -120,7 +129,7 @@ class Stream:
         tokenizer = self.manifests[source].tokenizer()
         return {
             "number": number,
-            "epoch": number // self.samples_per_epoch if len(self.manifests) == 1 else None,
+            "epoch": (number - self.first) // self.samples_per_epoch if len(self.manifests) == 1 else None,
             "source": str(self.manifests[source].folder),
             "sample": sample,
             "shard": self._chunks[source].shard_of(chunk).name,

@@ -102,10 +102,10 @@ class _Heads(nn.Module):
         self.size, self.first_head = config.size_of_head, parts.first(config.num_heads)
         self.dropout = config.attention_dropout_rate
         self.recompute = False
-        self.backend: Backend = "torch"
+        self.backends: dict[tuple[int, int], Backend] = {}  # by queries and keys of a whole sequence, the longest first
 
     def choose(self, length: int, total: int, biased: bool) -> None:
-        """Who computes calls of `length` queries and `total` keys."""
+        """Decide who computes calls of `length` queries and `total` keys."""
         call = Call(
             self.heads,
             self.groups,
@@ -118,15 +118,22 @@ class _Heads(nn.Module):
             biased=biased,
             dropout=self.dropout > 0.0,
         )
-        self.backend = self.parts.attention_backend(call)
+        self.backends[length, total] = self.parts.attention_backend(call)
+
+    def backend(self, q: Tensor, k: Tensor) -> Backend:
+        """Who was chosen for sequences of which q (B, S, n, D) and k (B, T, g, D) are this context rank's slices; where
+        nobody was, whoever computes the longest."""
+        whole = q.shape[1] * self.parts.context.size, k.shape[1] * self.parts.context.size
+        return self.backends.get(whole, next(iter(self.backends.values())))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cached: bool, **options: Any) -> Tensor:
         """(B, S, n D) of q (B, S, n, D), k and v (B, T, g, D)."""
         if self.recompute and torch.is_grad_enabled():
-            z = checkpoint(self._core, q, k, v, self.backend, **options, use_reentrant=False, preserve_rng_state=False)
+            whose = self.backend(q, k)
+            z = checkpoint(self._core, q, k, v, whose, **options, use_reentrant=False, preserve_rng_state=False)
         else:
             # The backend was chosen for whole sequences; a position or two after a cache are another kind of call.
-            z = self._core(q, k, v, "torch" if cached else self.backend, **options)
+            z = self._core(q, k, v, "torch" if cached else self.backend(q, k), **options)
         return z.reshape(*q.shape[:2], self.heads * self.size)  # type: ignore[no-any-return]
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend, **options: Any) -> Tensor:
@@ -150,7 +157,8 @@ class Attention(_Heads):
     def __init__(self, config: ModelConfig, parts: Parts, layer: int, length: int, role: Role) -> None:
         site = SITES * (role.first_layer + layer) + ATTENTION_SITE
         super().__init__(config, parts, role.causal, config.window(layer), site)
-        self.choose(length, length, biased=config.positions == "alibi")
+        self.biased = config.positions == "alibi"
+        self.prepare(length)
         queries, keys = config.num_heads * self.size, config.kv_heads * self.size
         outputs = {"q": queries, "k": keys, "v": keys}
         number = role.first_layer + layer
@@ -158,6 +166,10 @@ class Attention(_Heads):
         self.qkv = parts.column(config.hidden_size, outputs, config.biases, config.initial_scale, lora)
         lora = lora_of(config, ("out",), number, OUT_PRODUCT)
         self.out = parts.row(queries, config.hidden_size, config.biases, residual_scale(config), lora)
+
+    def prepare(self, length: int) -> None:
+        """Decide who computes sequences of `length`."""
+        self.choose(length, length, self.biased)
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         y = self.qkv(x, keys=context.sample_keys)

@@ -96,6 +96,11 @@ class Stack(nn.Module):
             assert isinstance(block, Block)
             yield name, block
 
+    def prepare(self, length: int) -> None:
+        """Decide who computes the attention of sequences of `length` too, which are shorter than the longest."""
+        for _, block in self.layers():
+            block.attention.prepare(length)
+
     @property
     def tied_copy(self) -> nn.Parameter | None:
         """This stage's copy of the first stage's embedding, whose gradient the two must sum."""

@@ -53,6 +53,9 @@ def test_a_preset_has_the_papers_schedule(name: str) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
     plan, optimizer, model = Plan(config), config.optimizer, config.model
     assert (config.batch.size, config.data.seq_length, plan.total_steps) == (256, 512, 1_000_000)
+    first = 128 if name in ("base", "large") else 512  # "90% of the steps with sequence length of 128"
+    assert [plan.seq_length(step) for step in (0, 899_999, 900_000, 999_999)] == [first, first, 512, 512]
+    assert {plan.size(step) for step in (0, 899_999, 900_000)} == {256}
     assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 0.01)
     assert [plan.learning_rate(step) for step in (4_999, 9_999)] == pytest.approx([5e-5, 1e-4])
     assert plan.learning_rate(504_999) == pytest.approx(5e-5) and plan.learning_rate(999_999) == 0

@@ -23,26 +23,37 @@ def config_of(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(sections)
 
 
-def simulated_sizes(config: Config, steps: int) -> list[int]:
-    """Sequences of each step, one after the other: of the ramp's equal parts, how many are over?"""
-    ramp, sizes, done = config.batch.ramp, [], 0
+def simulated(config: Config, steps: int) -> list[tuple[int, int]]:
+    """Sequences of each step and their tokens, one step after the other: has the phase lasted as long as it should, and of
+    the ramp's equal parts, how many are over?"""
+    ramp, waiting, found = config.batch.ramp, list(config.data.phases), []
+    tokens, began = 0, {"steps": 0, "tokens": 0}
     for step in range(steps):
-        size = config.batch.size
+        now = {"steps": step, "tokens": tokens}
+        if waiting and now[waiting[0].length.unit] - began[waiting[0].length.unit] >= waiting[0].length.count:
+            began = now
+            waiting.pop(0)
+        size = (waiting[0].batch_size if waiting else None) or config.batch.size
+        length = waiting[0].seq_length if waiting else config.data.seq_length
         if ramp is not None:
             increments = (config.batch.size - ramp.start) // ramp.increment
-            position = step if ramp.length.unit == "steps" else done * config.data.seq_length
+            position = now[ramp.length.unit]
             over = increments if position >= ramp.length.count else position * increments // ramp.length.count
-            size = ramp.start + over * ramp.increment
-        sizes.append(size)
-        done += size
-    return sizes
+            size = ramp.start + int(over) * ramp.increment
+        found.append((size, length))
+        tokens += size * length
+    return found
+
+
+def simulated_sizes(config: Config, steps: int) -> list[int]:
+    return [size for size, _ in simulated(config, steps)]
 
 
 def tokens_after(config: Config, steps: int) -> list[int]:
     """Tokens that 0, 1, ... steps took."""
     totals = [0]
-    for size in simulated_sizes(config, steps):
-        totals.append(totals[-1] + size * config.data.seq_length)
+    for size, length in simulated(config, steps):
+        totals.append(totals[-1] + size * length)
     return totals
 
 
@@ -64,7 +75,12 @@ def ramped(draw: st.DrawFn) -> Config:
     batch: dict[str, Any] = {"size": start + increment * times}
     if draw(st.booleans()):
         batch["ramp"] = {"start": start, "increment": increment, "length": str(draw(SPANS))}
-    data, total = {"seq_length": draw(st.integers(1, 40))}, str(draw(INTERVALS))
+    data: dict[str, Any] = {"seq_length": draw(st.integers(1, 40))}
+    lengths = st.integers(1, data["seq_length"])
+    size = st.none() if "ramp" in batch else st.none() | st.integers(1, 20)
+    phase = st.fixed_dictionaries({"seq_length": lengths, "length": INTERVALS.map(str), "batch_size": size})
+    data["phases"] = draw(st.lists(phase, max_size=2))
+    total = str(draw(INTERVALS))
     return config_of(batch=batch, data=data, schedule={"total": total})
 
 
@@ -74,7 +90,7 @@ def test_steps_samples_and_tokens_are_those_of_a_loop_that_adds_them_up(config: 
     plan, sizes = Plan(config), simulated_sizes(config, LONG)
     tokens = tokens_after(config, LONG)
     for step in [*range(70), 500]:
-        assert plan.size(step) == sizes[step]
+        assert (plan.size(step), plan.seq_length(step)) == simulated(config, step + 1)[-1]
         assert plan.samples_before(step) == sum(sizes[:step])
         assert plan.tokens_before(step) == tokens[step]
     assert plan.steps(span) == first_step_at(span, tokens)
@@ -90,6 +106,10 @@ def test_a_resumed_plan_is_the_tail_of_the_whole(config: Config, data: st.DataOb
     assert all(first + size == after for (first, size), (after, _) in pairwise(whole))
     step = data.draw(st.integers(0, plan.total_steps))
     assert list(Plan(config).steps_from(step)) == whole[step:]
+    by_phase = [
+        list(plan.steps_from(0 if p == 0 else plan.end_of(p - 1), plan.end_of(p))) for p in range(len(plan.phases))
+    ]
+    assert [taken for phase in by_phase for taken in phase] == whole
 
 
 @settings(max_examples=100, deadline=None)

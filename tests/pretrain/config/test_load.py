@@ -62,7 +62,7 @@ def test_help_shows_every_field_and_is_yaml_of_the_defaults() -> None:
     shown = yaml.parse(help_config())
     leaves = {f"{section}.{key}" for section, part in shown.items() if isinstance(part, dict) for key in part}
     leaves |= {f"objective.template.{role}" for role in shown["objective"]["template"]}
-    nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.")  # null by default: shown as comments
+    nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.", "data.phases.")  # null by default: shown as comments
     for path, _ in fields(Config):
         if path.startswith(nested):
             assert re.search(rf"^  #   {path.rsplit('.')[-1]}: ", help_config(), re.MULTILINE)
@@ -124,6 +124,8 @@ def test_a_dumped_config_is_loaded_the_same(values: dict[str, Any]) -> None:
         ("model: {window: 2}", "model.window: unknown key; did you mean model.attention_window or data.window?"),
         ("batch: {ramp: {strat: 1, increment: 3, length: 4 steps, start: 1}}",
          "batch.ramp.strat: unknown key; did you mean batch.ramp.start?"),
+        ("data: {phases: [{seq_len: 8, seq_length: 8, length: 4 steps}]}",
+         "data.phases.0.seq_len: unknown key; did you mean data.phases.0.seq_length?"),
         ("model: {rope_scaling: {facto: 2}, positions: rope}",
          "model.rope_scaling.facto: unknown key; did you mean model.rope_scaling.factor?"),
         ("run: {xyzzy: 1}", "run.xyzzy: unknown key; there are: dir, seed, stop_at, max_bad_steps"),
@@ -240,6 +242,18 @@ def test_fields_that_do_not_go_together_are_told_at_once_with_the_mend() -> None
         ("batch: {size: 8, ramp: {start: 1, increment: 3, length: 4 steps}}",
          "batch.ramp.increment: from 1 by 3 never reaches batch.size 8; choose one that divides 7"),
         ("optimizer: {betas: [0.9, 1]}", "optimizer.betas: [0.9, 1.0]: each must be at least 0 and below 1"),
+        ("data: {phases: [{seq_length: 512, length: 4 steps}]}",
+         "data.phases.0.seq_length: 512 is longer than data.seq_length 256, which is to be the longest; lower it"),
+        ("data: {phases: [{seq_length: 16, length: 2 epochs}]}", "data.phases.0.length: 2 epochs: a phase is not in epochs"),
+        ("data: {phases: [{seq_length: 16, length: 2 steps}]}\nmodel: {kind: encoder-decoder}\nobjective: {kind: prefix}",
+         "data.phases: an encoder-decoder's source and target have one length each for the whole run; remove it"),
+        ("data: {phases: [{seq_length: 16, length: 2 steps}]}\nmodel: {initial: m}\nobjective: {kind: classification}",
+         "data.phases: has no effect on labelled examples; remove it"),
+        ("data: {phases: [{seq_length: 4, length: 2 steps}]}\nmodel: {kind: bert}\nobjective: {kind: masked}",
+         "data.phases.0.seq_length: 4 leaves no room beside [CLS] and [SEP]; give at least 8"),
+        ("data: {phases: [{seq_length: 8, length: 2 steps, batch_size: 4}]}\n"
+         "batch: {ramp: {start: 4, increment: 4, length: 9 steps}}",
+         "data.phases.0.batch_size: batch.ramp decides how many sequences a step has; remove it, or batch.ramp"),
         ("schedule: {kind: inverse-sqrt}", "schedule.warmup: inverse-sqrt falls from the end of the warm-up"),
         ("schedule: {kind: constant, decay: 3 steps}", "schedule.decay: has no effect with kind: constant; remove it"),
         ("monitor: {validate_every: 3 steps}", "monitor.validate_every: needs held-out data"),
@@ -345,6 +359,23 @@ def test_every_batch_size_of_a_ramp_is_checked_against_the_processes() -> None:
     [line] = str(caught.value).splitlines()[1:]
     assert line.startswith("  batch.ramp: 4 sequences, one of its sizes, are no multiple of 4 data-parallel ranks")
     assert line.endswith("make start and increment multiples of 8")
+
+
+def test_every_phase_is_checked_against_the_processes() -> None:
+    phase = "{seq_length: 66, length: 9 steps, batch_size: 24, micro_size: 3}"
+    config = load(f"data: {{phases: [{phase}]}}\nbatch: {{size: 16, micro_size: 2}}\nparallel: {{context: 2}}")
+    check_layout(config, 4)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context": 3})})
+    with pytest.raises(UserError) as caught:
+        check_layout(config, 15)  # 256 is no multiple of 3; 16 and 24 are none of 5 ranks
+    lines = [line.strip().partition("; ")[0] for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "parallel.context: 3 does not divide data.seq_length 256",
+        "batch.size: 16 sequences cannot be shared by 5 data-parallel ranks",
+        "data.phases.0: batch.size: 24 sequences cannot be shared by 5 data-parallel ranks",
+    ]
+    with pytest.raises(UserError, match=r"data\.phases\.0: parallel\.context: 4 does not divide data\.seq_length 66"):
+        check_layout(config.model_copy(update={"parallel": config.parallel.model_copy(update={"context": 4})}), 4)
 
 
 def test_all_that_is_wrong_with_a_layout_is_told_at_once() -> None:

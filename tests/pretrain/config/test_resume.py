@@ -59,6 +59,7 @@ CANDIDATES = (
     "0.5 of total",
     ["a", "b"],
     "other {text}",
+    [{"seq_length": 8, "length": "3 steps"}],
 )
 
 
@@ -146,6 +147,17 @@ def test_a_run_may_not_become_shorter_or_be_counted_otherwise(before: str, after
     (problem,) = resume_problems(with_total(before), with_total(after))
     assert problem.path == "schedule.total" and "can only become longer" in problem.mend
     assert before in problem.message and after in problem.message
+
+
+def test_a_phases_micro_batches_alone_may_differ() -> None:
+    def with_phase(**changes: Any) -> Config:
+        values = BASE.model_dump(mode="json")
+        values["data"]["phases"] = [{"seq_length": 8, "length": "3 steps", **changes}]
+        return Config.model_validate(values)
+
+    assert resume_problems(with_phase(micro_size=2), with_phase(micro_size=1)) == []
+    (problem,) = resume_problems(with_phase(), with_phase(length="4 steps"))
+    assert problem.path == "data.phases.0.length" and "'3 steps'" in problem.message
 
 
 def test_a_removed_section_and_several_differences_are_all_named() -> None:
