@@ -34,7 +34,8 @@ class DataConfig(Section):
     validation: str | None = meaning(None, "folder of held-out shards, or file of examples; null: no validation")
     seq_length: int = meaning(256, "tokens a training sequence; of labelled examples the most", ge=1)
     phases: list[Phase] = meaning(
-        [], "first phases on shorter sequences, each {seq_length, length, batch_size, micro_size}; then data.seq_length"
+        [],
+        "before data.seq_length shorter sequences, each {seq_length, length, batch_size, micro_size}; not of validation",
     )
     seed: int | None = meaning(None, "of the data's order; null: run.seed", ge=0, lt=2**63)
     lanes: int = meaning(256, "the shuffle's parallel lanes through the data; part of the data's order", ge=1)
