@@ -48,21 +48,15 @@ Pooling = Literal["mean", "first", "tokens"]
 Array = np.ndarray[Any, Any]
 
 
-class Body(Stack):
-    """A model up to its heads, which keeps what each of its layers gives."""
-
-    gives_vocabulary = False
-
-    @torch.inference_mode()
-    def every_state(self, batch: TaskBatch) -> list[Tensor]:
-        """(N, S, H) of each layer from 0 on."""
-        x = self.begin(self.embedding(batch.inputs), None, batch.documents, batch.segments)
-        context = self.context(batch.inputs.shape[1], None, batch.documents)
-        states = []
-        for _, block in self.layers():
-            states.append(x)
-            x = block(x, context)
-        return [*states, self.final(x)]
+@torch.inference_mode()
+def every_state(body: Stack, batch: TaskBatch) -> list[Tensor]:
+    """(N, S, H) of each layer from 0 on."""
+    x = body.begin(body.embedding(batch.inputs), None, batch.documents, batch.segments)
+    context, states = body.context(batch.inputs.shape[1], None, batch.documents), []
+    for _, block in body.layers():
+        states.append(x)
+        x = block(x, context)
+    return [*states, body.final(x)]
 
 
 class Extractor:
@@ -77,7 +71,7 @@ class Extractor:
             )
         words = vocabulary_of(config, tokenizer)
         self.step, self.num_layers = found.state.step, config.model.num_layers
-        self.body = Body(config.model, Parts(), words.size, config.data.seq_length)
+        self.body = Stack(config.model, Parts(), words.size, config.data.seq_length)
         checkpoint.load_weights(found, self.body, beside=HEADS)
         self.body.to(pick_device(), DTYPES[config.precision.compute]).eval()
         tagged = tagged or config.objective.kind == "tagging"
@@ -88,7 +82,7 @@ class Extractor:
         """(N, layers, H), or of tokens (N, S, layers, H)."""
         assert isinstance(batch, TaskBatch), "texts are read as for a label or tags"
         batch = batch.to(next(self.body.parameters()).device)
-        every = self.body.every_state(batch)
+        every = every_state(self.body, batch)
         states = torch.stack([every[layer] for layer in layers], dim=2).float()
         if pooling == "tokens":
             return states

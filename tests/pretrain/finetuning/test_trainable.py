@@ -34,6 +34,10 @@ SHORT = (
     "checkpoint.every=3 steps",
     "monitor.validate_every=3 steps",
 )
+TWO_STACKS = (
+    "model={kind: encoder-decoder, num_layers: 1, hidden_size: 32, num_heads: 4, positions: sinusoidal, dropout: 0.1}",
+    "objective={kind: prefix}",
+)
 SHAPE: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "activation": "swiglu"}
 
 
@@ -60,6 +64,11 @@ class Traces:
         if name == "bottom":  # a tied embedding at both ends of the pipeline, and a stage that learns nothing
             fields = ["optimizer.freeze=3", "model.positions=learned", "optimizer.learning_rate=2e-3", *stable]
             return runs.open_config(str(write_config(folder, self.shards)), fields, 1)
+        if name == "two stacks":  # an encoder-decoder, whose factors are also where the decoder sees the encoder
+            begun = running.train(folder / "begun", self.shards, *TWO_STACKS, "schedule.total=1 steps")
+            assert begun.code == 0, begun.told
+            fields = [f"model={{initial: {folder / 'begun' / 'run'}}}", LORA, TWO_STACKS[1], *stable]
+            return runs.open_config(str(write_config(folder, self.shards)), fields, 1)
         path = tiny.write_config(folder, "classification", tiny.bert(self.shards))
         return runs.open_config(str(path), [{"lora": LORA, "names": FREEZE}[name], *stable], 1)
 
@@ -70,9 +79,10 @@ def traces(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Traces:
 
 
 LAYOUTS = {
-    "names": ("tp=2,sp", "cp=2,zero=1", "dp=2,zero=2,offload", "dp=2,zero=3"),
+    "names": ("tp=2,sp", "dp=2,zero=2,offload", "dp=2,zero=3"),
     "bottom": ("pp=2", "dp=2,zero=1"),
-    "lora": ("tp=2", "tp=2,sp", "cp=2,zero=2", "pp=2", "dp=2,zero=3"),
+    "lora": ("tp=2,sp", "cp=2,zero=2", "pp=2"),
+    "two stacks": ("tp=2,sp",),
 }
 
 
@@ -194,7 +204,9 @@ def test_pre_training_goes_on_with_lora_and_writes_text(tiny_data: Path, tmp_pat
 
 def config_of(freeze: Any = 0, lora: Any = None, **model: Any) -> Config:
     values = {**SHAPE, **model} | ({} if lora is None else {"lora": lora, "initial": "a run"})
-    return checked_config({"model": values, "data": {"seq_length": 16}, "optimizer": {"freeze": freeze}}, "test")
+    objective = {"kind": "prefix" if model.get("kind") == "encoder-decoder" else "causal"}
+    given = {"model": values, "data": {"seq_length": 32}, "objective": objective, "optimizer": {"freeze": freeze}}
+    return checked_config(given, "test")
 
 
 def frozen(*given: Any, **model: Any) -> set[str]:
@@ -206,6 +218,9 @@ def test_layers_are_counted_from_the_bottom_and_names_stand_for_all_below_them()
     found = frozen(2)
     assert {"embedding.weight", "positions", "blocks.1.norm_2.bias"} < found
     assert not any(name.startswith(("blocks.2", "blocks.3", "norm")) for name in found)
+    two = frozen(5, kind="encoder-decoder")
+    assert {"encoder.blocks.3.norm_1.bias", "decoder.positions", "decoder.blocks.0.cross.k.weight"} < two
+    assert not any(name.startswith(("decoder.blocks.1", "decoder.norm", "encoder.norm")) for name in two)
     assert frozen(["blocks.1"]) == {name for name in found if name.startswith("blocks.1.")}
     assert frozen(["*.norm_?.bias"]) == {f"blocks.{n}.norm_{k}.bias" for n in range(4) for k in (1, 2)}
 
@@ -222,12 +237,13 @@ def test_with_lora_the_factors_learn_but_for_what_is_frozen_besides() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["gpt", "encoder-decoder"])
 @pytest.mark.parametrize("targets", [["q"], ["k", "v", "out"], ["up", "gate", "down"]])
-def test_the_factors_are_counted(targets: list[str]) -> None:
+def test_the_factors_are_counted(targets: list[str], kind: str) -> None:
     from parallel.layers import Parts
     from pretrain.models.make import make_model
 
-    config = config_of(0, {"rank": 3, "targets": targets}, num_kv_heads=2, ffn_hidden_size=40)
+    config = config_of(0, {"rank": 3, "targets": targets}, num_kv_heads=2, ffn_hidden_size=40, kind=kind)
     with torch.device("meta"):
         model = make_model(config, Parts(), Sizes(128))
     assert parameters_of(config, Sizes(128)) == sum(parameter.numel() for parameter in model.parameters())
