@@ -35,6 +35,9 @@ CHANGES = ("causal", "window", "slopes", "documents")  # options of attention th
 KEEPS = ("backend", "dropout", "keys", "site", "first_head", "first_query")  # and, of whole sequences in `eval()`, not
 
 
+Image = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width)
+
+
 class Shown(NamedTuple):
     """The chosen sample (1, S): ids, documents (None: one), segments (None: the first); and the tokens as people read them."""
 
@@ -118,7 +121,7 @@ def probabilities(
     return torch.where(visible, scores, MASKED).softmax(dim=-1)
 
 
-def as_image(heads: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def as_image(heads: Tensor) -> Image:
     """(height, width) uint8 of a map: the heads in rows, the first above on the left; the square root of a probability is its
     brightness, or a row over many keys would be black."""
     count, length, _ = heads.shape

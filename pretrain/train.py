@@ -22,7 +22,6 @@ import torch
 from parallel.engine import Step
 from parallel.grid import Grid
 from pretrain import checkpoint, runs
-from pretrain.attention import as_image, attention_maps, chosen_sample, shown_layers
 from pretrain.build import Built, build
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
@@ -35,13 +34,9 @@ from pretrain.finetuning.judging import Judge
 from pretrain.finetuning.opening import class_weights
 from pretrain.finetuning.responses import AnswerJudge
 from pretrain.finetuning.tasks import Instruction
-from pretrain.generate import Sampling, sample_text
 from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
-from pretrain.models.gpt import GPT
-from pretrain.models.stack import Stack
-from pretrain.models.transformer import EncoderDecoder
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, labelled_of, objective_of
 from pretrain.objectives.labelled import Labelled
@@ -49,9 +44,9 @@ from pretrain.profile import Unprofiled
 from pretrain.report import Facts, Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
+from pretrain.showing import Showing
 from pretrain.sizes import parameters_of
 from pretrain.trainable import frozen_weights
-from pretrain.translation import Translations
 from pretrain.validation import Validation
 
 FEW_STEPS = 300  # of a task, below which small sets give unsteady scores (Mosbach et al. 2021; Zhang et al. 2021)
@@ -113,7 +108,7 @@ class Run:
         self.engine = self.built.engine
         self.saver = Saver(self.folder, grid)
         self.validation = self._validation()
-        self.translations = self._translations()
+        self.showing = Showing(config, grid, sources, self.objective, self.built)
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
@@ -136,12 +131,6 @@ class Run:
             judge = AnswerJudge if isinstance(sources.task, Instruction) else Judge
             return judge(config, self.grid, sources.task, self.objective, sources.examples, training)
         return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
-
-    def _translations(self) -> Translations | None:
-        count, stream = self.config.monitor.translate_pairs, self.sources.validation
-        if count is None or stream is None:
-            return None
-        return Translations(stream, self.config.objective.lengths(self.config.data.seq_length)[0], count)
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -284,11 +273,7 @@ class Run:
         self.heartbeat.mark(self.state.step, "validate")
         self.built.train(False)
         with self.reporter.pause():
-            result = self.validation.run(self.built.schedule)
-            if self.translations is not None and self.runs_whole:
-                model = self.built.stages[0].module
-                assert isinstance(model, EncoderDecoder)
-                result = self.translations.judge(model, self.tokenizer, result)
+            result = self.showing.translated(self.validation.run(self.built.schedule))
         lowest = math.inf if self.state.best_loss is None else self.state.best_loss
         best = result.criterion < lowest  # never one that is not a number
         self.state = dataclasses.replace(
@@ -301,38 +286,23 @@ class Run:
 
     def sample(self) -> None:
         """A text by the model as it is, to TensorBoard."""
-        monitor = self.config.monitor
-        if not self.runs_whole:
+        if not self.showing.is_possible:
             return
         self.heartbeat.mark(self.state.step, "sample")
         self.built.train(False)
         with self.reporter.pause():
-            model = self.built.stages[0].module
-            assert isinstance(model, GPT)
-            task, prompt = self.sources.task, monitor.sample_prompt
-            prompt = task.chat.asked(prompt) if isinstance(task, Instruction) else prompt
-            text = sample_text(model, self.tokenizer, prompt, monitor.sample_tokens, Sampling(0.8, 50))
+            text = self.showing.text()
         self.reporter.text(self.state.step, text)
 
     def draw_attention(self) -> None:
         """What each head looks at in the chosen sample, to TensorBoard."""
-        if not self.runs_whole:
+        if not self.showing.is_possible:
             return
         self.heartbeat.mark(self.state.step, "attention maps")
         self.built.train(False)
         with self.reporter.pause():
-            model = self.built.stages[0].module
-            assert isinstance(model, Stack)
-            shown = chosen_sample(self.config, self.sources, self.objective)
-            maps = attention_maps(model, shown, shown_layers(self.config))
-            images = {layer: as_image(heads) for layer, heads in maps.items()}
-        self.reporter.attention(self.state.step, images, shown.tokens)
-
-    @property
-    def runs_whole(self) -> bool:
-        """A process can run all layers on one token after the other."""
-        layout = self.grid.layout
-        return layout.pipeline == 1 and layout.context == 1 and layout.zero < 3 and not layout.sequence
+            images, tokens = self.showing.maps()
+        self.reporter.attention(self.state.step, images, tokens)
 
     @property
     def to_be_kept(self) -> bool:
@@ -439,10 +409,8 @@ class Run:
         self.profile.start(self.state.step, self.plan.total_steps - self.state.step)
         runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
-        for name in ("sample_every", "translate_pairs", "attention_every"):
-            if getattr(self.config.monitor, name) is not None and not self.runs_whole:
-                layout = self.grid.layout
-                self.reporter.warn(f"monitor.{name} has no effect under {layout}: no process can run all layers")
+        for line in self.showing.unmet():
+            self.reporter.warn(line)
 
     def facts(self) -> Facts:
         sources = self.sources
