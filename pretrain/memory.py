@@ -142,7 +142,8 @@ def parameters(place: Place) -> int:
     stacks = len(place.config.lengths)
     if place.first:
         learned = model.positions == "learned"
-        table = sum(max(length, model.max_positions or 0) for _, length in place.config.lengths) if learned else 0
+        longest = max(model.max_positions or 0, *(length for _, length in place.config.lengths))
+        table = stacks * longest if learned else 0
         count += (table + model.num_segments) * model.hidden_size + (stacks * norm if model.has_embedding_norm else 0)
     if model.norm_position == "pre":
         norms_after = {model.num_layers - 1, model.total_layers - 1}

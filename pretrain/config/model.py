@@ -239,7 +239,7 @@ def body_parameters(model: ModelConfig, vocab_size: int, seq_length: int) -> int
 def pair_parameters(model: ModelConfig, vocab_size: int, lengths: tuple[int, int]) -> int:
     """Weights of an encoder-decoder for sources and targets of these lengths, the vocabulary without padding."""
     hidden, table = model.hidden_size, model.positions == "learned"
-    rows = sum(max(length, model.max_positions or 0) for length in lengths) if table else 0
+    rows = 2 * max(*lengths, model.max_positions or 0) if table else 0
     rows += vocab_size * (1 if model.tie_embeddings else 2)
     norms = 2 * (int(model.norm_position == "pre") + int(model.has_embedding_norm))
     blocks = model.num_layers * (layer_parameters(model) + lora_parameters(model))

@@ -27,7 +27,7 @@ from pretrain.models.stack import Stack
 class EncoderDecoder(nn.Module):
     """Holds `layers` (the encoder's from 0, the decoder's behind them), the embeddings if `first`, the head if `last`.
 
-    lengths: M and S. label_smoothing, z_loss: of the loss, while training alone.
+    lengths: M and S; max_length: tokens of a target at most. label_smoothing, z_loss: of the loss, while training alone.
     """
 
     def __init__(
@@ -44,6 +44,9 @@ class EncoderDecoder(nn.Module):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        self.max_length = max(lengths[1], config.max_positions or 0)
+        # Both stacks have tables of the longer length, so that a run that starts from this one knows their size.
+        config = config.model_copy(update={"max_positions": max(*lengths, config.max_positions or 0)})
         self.config, self.parts = config, parts
         self.is_first, self.is_last = first, last
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
@@ -62,11 +65,6 @@ class EncoderDecoder(nn.Module):
             self.head = parts.head(hidden, vocab_size, scale)
             if tied:
                 self.head.tie(self.embedding.weight)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a target at most."""
-        return self.decoder.max_length
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
