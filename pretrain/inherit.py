@@ -60,11 +60,15 @@ def _differences(wished: dict[str, Any], theirs: dict[str, Any], initial: str) -
 
 
 def _shape_of_run(run: Path) -> dict[str, Any]:
-    from pretrain.runs import run_config
+    from pretrain.runs import run_config, run_tokenizer
+    from pretrain.vocabulary import vocabulary_of
 
     config = run_config(run)
-    longest = max(config.data.seq_length, config.model.max_positions or 0)
-    return {**config.model.model_dump(mode="json"), "max_positions": longest, "initial": None, "reset": 0, "lora": None}
+    longest = max(config.model.max_positions or 0, *(length for _, length in config.lengths))
+    own = {"max_positions": longest, "initial": None, "reset": 0, "lora": None}
+    if config.objective.kind == "span-corruption":  # the rows of its sentinels are kept under any other objective
+        own["vocab_size"] = vocabulary_of(config, run_tokenizer(run)).size
+    return {**config.model.model_dump(mode="json"), **own}
 
 
 def _foreign_shape(folder: Path) -> dict[str, Any]:

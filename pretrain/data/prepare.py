@@ -28,8 +28,8 @@ from pretrain.data.folder import whole_folder
 from pretrain.data.progress import Progress, print_report
 from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
 from pretrain.errors import UserError
+from pretrain.huggingface.vocabulary import read_tokenizer
 from pretrain.tokenization.base import Tokenizer
-from pretrain.tokenization.foreign import load_tokenizer
 from pretrain.tokenization.training import VocabularyTooLarge, train_tokenizer
 
 VOCAB_SIZE = 8192
@@ -188,7 +188,7 @@ def tokenizer_of(
     """The given tokenizer, or one trained on a sample of the training texts. read: gives each text behind the bytes whose
     hash tells its part, and counts what it skips."""
     if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer)
+        return read_tokenizer(Path(options.tokenizer))
     say("Reading the text to train a tokenizer")
 
     def texts() -> Iterator[str]:

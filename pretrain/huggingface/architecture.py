@@ -151,7 +151,13 @@ class Both(Option):
         return self.reader(theirs)
 
 
-DECODER = (Ours("kind", "gpt"), Ours("segments", 0), Ours("embedding_norm", False))  # options of every decoder
+ONE_STACK = (Ours("decoder_layers", None), Ours("scale_embeddings", False))  # options of all but encoder-decoders
+DECODER = (
+    *ONE_STACK,
+    Ours("kind", "gpt"),
+    Ours("segments", 0),
+    Ours("embedding_norm", False),
+)  # of those that generate
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -167,7 +173,8 @@ class Architecture:
 
     prefix: of the body's tensors, which may lack it in a folder of the body alone. ignored, renamed: patterns of tensors in
     older files that hold no weights, or have another name. unsaid: options of ours that do not change what the model
-    computes, and that theirs has no place for: left out, with a word.
+    computes, and that theirs has no place for: left out, with a word. ends: fields with an id, and what it is where
+    config.json leaves it out, that are the document end's in every model of ours.
     """
 
     model_type: str
@@ -178,6 +185,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    ends: tuple[tuple[str, int], ...] = ()
 
     @property
     def heads(self) -> set[str]:
@@ -209,11 +217,12 @@ class Architecture:
             ours.update(option.read(theirs))
         return ours
 
-    def rows_of(self, kind: ModelClass, num_layers: int, names: set[str]) -> list[Row]:
+    def rows_of(self, kind: ModelClass, ours: Settings, names: set[str]) -> list[Row]:
         """The rows that hold the tensors `names` of ours, all of them and each once. Raises Inexpressible for a tensor
         that no row has."""
         patterns = (*self.rows, *kind.rows, *kind.optional)
-        rows = [row for pattern in patterns for row in pattern.expanded(num_layers) if names & set(row.ours)]
+        layers = {"layer": ours["num_layers"], "decoder_layer": ours["decoder_layers"] or 0}
+        rows = [row for pattern in patterns for row in pattern.expanded(layers) if names & set(row.ours)]
         held = [name for row in rows for name in row.ours]
         beyond = sorted((names - set(held)) | {name for name in held if name not in names or held.count(name) > 1})
         if beyond:
@@ -238,9 +247,10 @@ class Architecture:
 
 def settings_of(model: ModelConfig, vocab_size: int, length: int) -> Settings:
     """Our options with the values that they take effect with. length: positions that the model was made for."""
-    windows = [model.window(layer) for layer in range(model.num_layers)]
+    windows = [model.window(layer) for layer in range(max(model.num_layers, model.layers_of_decoder))]
     return {
         **model.model_dump(exclude={"initial", "reset", "lora"}),
+        "decoder_layers": model.layers_of_decoder or None,
         "segments": model.num_segments,
         "embedding_norm": model.has_embedding_norm,
         "vocab_size": vocab_size,

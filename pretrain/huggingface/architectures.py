@@ -11,11 +11,12 @@ from pretrain.huggingface.bert import BERT
 from pretrain.huggingface.gpt2 import GPT2
 from pretrain.huggingface.heads import read_labels
 from pretrain.huggingface.llama import LLAMA, MISTRAL
+from pretrain.huggingface.marian import MARIAN
 from pretrain.huggingface.neox import NEOX
 from pretrain.huggingface.rows import ModelClass
 from pretrain.tasks.labels import LabelSet
 
-KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX, BERT)
+KNOWN: Sequence[Architecture] = (GPT2, LLAMA, MISTRAL, NEOX, BERT, MARIAN)
 
 
 def architecture_of(ours: Settings) -> Architecture:

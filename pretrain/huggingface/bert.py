@@ -3,7 +3,7 @@ pre-training or of a task."""
 
 from __future__ import annotations
 
-from pretrain.huggingface.architecture import Architecture, Choice, Equal, Ours, Same, Theirs
+from pretrain.huggingface.architecture import ONE_STACK, Architecture, Choice, Equal, Ours, Same, Theirs
 from pretrain.huggingface.rows import ModelClass, Row
 
 LAYER = "bert.encoder.layer.{layer}"
@@ -22,6 +22,7 @@ BERT = Architecture(
     model_type="bert",
     prefix="bert.",
     options=(
+        *ONE_STACK,
         Ours("kind", "bert"),
         Same("vocab_size", "vocab_size", 30522),
         Same("max_positions", "max_position_embeddings", 512),

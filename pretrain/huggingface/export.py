@@ -3,6 +3,7 @@
 OUT/config.json                               the architecture and its options
 OUT/model.safetensors                         or several of a gigabyte, and model.safetensors.index.json
 OUT/tokenizer.json, tokenizer_config.json     and tokenizer.model of a SentencePiece tokenizer
+OUT/generation_config.json                    of an encoder-decoder
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ from pretrain.finetuning.opening import run_labels
 from pretrain.huggingface import vocabulary
 from pretrain.huggingface.architecture import Architecture, Inexpressible, Json, Settings, settings_of
 from pretrain.huggingface.architectures import architecture_of
-from pretrain.huggingface.forms import join, joined_shape
+from pretrain.huggingface.forms import fixed_shape, fixed_values, join, joined_shape
 from pretrain.huggingface.heads import left_out, write_labels
 from pretrain.huggingface.progress import Bar
-from pretrain.huggingface.rows import ModelClass, Row
+from pretrain.huggingface.rows import Fixed, ModelClass, Row
 from pretrain.huggingface.tensors import INDEX, Planned, model_files, parts_of, write_model
 from pretrain.huggingface.vocabulary import Use
 from pretrain.loading import find_checkpoint
 from pretrain.merging import Merged
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.tokenization.base import Tokenizer
+from pretrain.translation import Search
 from pretrain.vocabulary import Vocabulary, vocabulary_of
 
+GENERATION = "generation_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,21 +58,25 @@ def export(
     config, tokenizer = run_config(run), run_tokenizer(run)
     found = Merged(find_checkpoint(run, step), config.model)
     words = vocabulary_of(config, tokenizer)
-    ours = settings_of(config.model, words.size, config.data.seq_length)
+    ours = settings_of(config.model, words.size, max(length for _, length in config.lengths))
     architecture, shapes = architecture_of(ours), found.shapes
     try:
         kind = architecture.class_of(config.objective.kind, shapes)
         planned = plan(architecture, kind, ours, found)
     except Inexpressible as reason:
         raise UserError(f"{run}: {reason}") from reason
-    theirs = {**architecture.config(ours, kind), **_ids(config, tokenizer)}
+    ids = {**_ids(config, tokenizer), **{name: tokenizer.eos for name, _ in architecture.ends}}
+    theirs = {**architecture.config(ours, kind), **ids}
     if config.objective.has_head:
         theirs |= write_labels(config.objective.kind, run_labels(run))
     width = DTYPES[dtype].itemsize
     files = model_files(len(parts_of(planned, width)))
-    with whole_folder(out, (*files, INDEX, "config.json", *vocabulary.FILES), say) as draft:
+    with whole_folder(out, (*files, INDEX, "config.json", GENERATION, *vocabulary.FILES), say) as draft:
         text = json.dumps({**theirs, "torch_dtype": str(DTYPES[dtype]).split(".")[1]}, indent=2, ensure_ascii=False)
         (draft / "config.json").write_text(text + "\n")
+        if config.model.kind == "encoder-decoder":
+            generation = {**_search(ours["max_positions"]), **ids}
+            (draft / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         vocabulary.write_tokenizer(draft, tokenizer, use_of(config, words, ours["max_positions"]))
         with Bar("Exporting", sum(tensor.numel for tensor in planned) * width) as bar:
             write_model(draft, planned, DTYPES[dtype], bar.add)
@@ -87,14 +94,21 @@ def plan(architecture: Architecture, kind: ModelClass, ours: Settings, found: Me
 
         return Planned(row.theirs, joined_shape(row, [shapes[name] for name in row.ours]), make)
 
-    return [planned(row) for row in architecture.rows_of(kind, ours["num_layers"], set(shapes))]
+    def fixed(tensor: Fixed) -> Planned:
+        return Planned(tensor.theirs, fixed_shape(tensor, ours), lambda: fixed_values(tensor, ours))
+
+    made = [planned(row) for row in architecture.rows_of(kind, ours, set(shapes))]
+    return made + [fixed(tensor) for tensor in kind.fixed]
 
 
 def use_of(config: Config, words: Vocabulary, longest: int) -> Use:
-    """What the tokenizer is used for. A task's model takes texts as it was trained on, cut to the same length."""
+    """What the tokenizer is used for. A task's model takes texts as it was trained on, cut to the same length; an encoder
+    that stands before a decoder, each text with its end."""
     model, task = config.model, config.objective.has_head
     length = config.data.seq_length if task else longest
     segments = model.num_segments > 0
+    if model.kind == "encoder-decoder":
+        return Use(length, segments, None, "eos", 0, words.special, words.sentinels)
     if not model.causal:
         return Use(length, segments, "cls", "sep", int(model.num_segments > 1), words.special)
     return Use(length, segments, None, "eos" if task else None, 0, words.special)
@@ -105,8 +119,17 @@ def _ids(config: Config, tokenizer: Tokenizer) -> Json:
     return {**ids, "pad_token_id": None} if _lacks_padding(config, tokenizer) else ids
 
 
+def _search(longest: int) -> Json:
+    """How transformers' `generate` is to write: else it would take 20 tokens at most. Of a length penalty nothing is said,
+    since theirs is another function of the length. longest: tokens of a target."""
+    return {"num_beams": Search().beams, "max_length": longest + 1}  # theirs counts the start
+
+
 def _lacks_padding(config: Config, tokenizer: Tokenizer) -> bool:
-    """Whether a decoder's class, which looks for the last token that is no padding, could not tell it from the text's."""
+    """Whether a decoder's class, which looks for the last token that is no padding, could not tell it from the text's, or an
+    encoder's texts, which transformers pads to one length, have nothing to be padded with."""
+    if config.model.kind == "encoder-decoder":
+        return "pad" not in tokenizer.special
     pad = tokenizer.special.get("pad", tokenizer.eos)
     return config.objective.has_head and config.model.causal and pad == tokenizer.eos
 

@@ -24,10 +24,10 @@ from pretrain.data.folder import whole_folder
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import LABELS, keep_labels, task_of
 from pretrain.huggingface import vocabulary
-from pretrain.huggingface.architecture import Inexpressible
+from pretrain.huggingface.architecture import Architecture, Inexpressible, Json
 from pretrain.huggingface.architectures import Read, read_architecture
-from pretrain.huggingface.forms import Shape, joined_shape, take
-from pretrain.huggingface.rows import Row, names_of
+from pretrain.huggingface.forms import Shape, fixed_shape, fixed_values, joined_shape, take
+from pretrain.huggingface.rows import Fixed, Row, names_of
 from pretrain.huggingface.tensors import Planned, Weights, read_limited
 from pretrain.models.make import make_model
 from pretrain.runs import CHECKPOINTS, CONFIG, keep_tokenizer
@@ -45,8 +45,10 @@ def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: C
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json in it, so this is no model's folder of Hugging Face's")
-    read = read_architecture(parse_json(read_limited(path), str(path)), str(path))
+    theirs = parse_json(read_limited(path), str(path))
+    read = read_architecture(theirs, str(path))
     found = vocabulary.read_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
+    _check_ends(read.architecture, theirs, found, path)
     config = _config(read, found, run, path)
     with Weights(folder) as weights:
         planned = plan(read, _shapes(config, found, read), config, weights)
@@ -58,6 +60,17 @@ def import_folder(folder: Path, run: Path, tokenizer: Path | None = None, say: C
                 (draft / LABELS).write_bytes(keep_labels(read.labels))
             write_weights(draft, planned, {"layout": "imported", "imported": read.model.name}, "Importing")
     return config
+
+
+def _check_ends(architecture: Architecture, theirs: Json, tokenizer: Tokenizer, path: Path) -> None:
+    """Raises UserError where a document's end is not what it is for every model of ours."""
+    for name, default in architecture.ends:
+        if (found := theirs.get(name, default)) != tokenizer.eos:
+            raise UserError(
+                f"{path}: {name} is {found!r:.40}, but in this program a target begins after the symbol that ends texts, and "
+                f"ends with it: {tokenizer.eos} ({tokenizer.piece(tokenizer.eos)}) of the tokenizer. The model learned "
+                "otherwise (Marian's own begin after the padding), so it would write other targets here."
+            )
 
 
 def _config(read: Read, tokenizer: Tokenizer, run: Path, path: Path) -> Config:
@@ -74,6 +87,8 @@ def _config(read: Read, tokenizer: Tokenizer, run: Path, path: Path) -> Config:
         length = min(vocabulary.longest(path.parent) or length, length)
         if read.kind in ("tagging", "question-answering"):
             objective["overlap"] = min(ObjectiveConfig().overlap, length // 2)
+    elif model["kind"] == "encoder-decoder" and type(length) is int:
+        length *= 2  # as many for the source as for the target
     values: dict[str, object] = {
         "model": model,
         "data": {"seq_length": length},
@@ -95,10 +110,10 @@ def plan(read: Read, shapes: dict[str, Shape], config: Config, weights: Weights)
     """Our tensors, each taken out of theirs when its turn comes. shapes: of those that there may be. Raises UserError where
     the folder's tensors are not just those of the model."""
     try:
-        rows = read.architecture.rows_of(read.model, config.model.num_layers, set(shapes))
+        rows = read.architecture.rows_of(read.model, read.settings, set(shapes))
     except Inexpressible as reason:
         raise UserError(f"{weights.folder}: {reason}") from reason
-    theirs = [row.theirs for row in rows]
+    theirs = [row.theirs for row in rows] + [fixed.theirs for fixed in read.model.fixed]
     names = read.architecture.names_in(read.model, weights.names, theirs, tied=config.model.tie_embeddings)
     without = _heads_without(read, rows, set(names))
     planned = []
@@ -114,6 +129,9 @@ def plan(read: Read, shapes: dict[str, Shape], config: Config, weights: Weights)
                 f"{weights.folder}: {stored} is {weights.shape(stored)}, but by config.json {joined_shape(row, parts)}."
             )
         planned += [_taken(row, name, stored, parts, weights, config.model.num_heads) for name in row.ours]
+    for fixed in read.model.fixed:
+        if fixed.theirs in names:
+            _check_fixed(fixed, names.pop(fixed.theirs), read, weights)
     if names:
         raise UserError(f"{weights.folder}: holds {min(names.values())}, which this model has no place for.")
     return planned
@@ -129,13 +147,24 @@ def _taken(row: Row, name: str, stored: str, parts: list[Shape], weights: Weight
     return Planned(name, parts[row.ours.index(name)], lambda: take(row, name, weights.read(stored), parts, heads))
 
 
+def _check_fixed(fixed: Fixed, stored: str, read: Read, weights: Weights) -> None:
+    """Raises UserError where the tensor is not what every model of ours stands for."""
+    shape = fixed_shape(fixed, read.settings)
+    if weights.shape(stored) != shape:
+        raise UserError(f"{weights.folder}: {stored} is {weights.shape(stored)}, but by config.json {shape}.")
+    tolerance = 0.0 if fixed.values == "no bias" else 0.01  # a table may be rounded to half precision
+    if not (weights.read(stored) - fixed_values(fixed, read.settings)).abs().max() <= tolerance:
+        kinds = {"no bias": "other values than zero", "waves": "another table than that of sinusoidal positions"}
+        raise UserError(f"{weights.folder}: {stored} holds {kinds[fixed.values]}, which no model here has.")
+
+
 def _shapes(config: Config, tokenizer: Tokenizer, read: Read) -> dict[str, Shape]:
     """Of the logical tensors that a folder of the class may have."""
     words, sizes = vocabulary_of(config, tokenizer), Sizes(read.settings["vocab_size"])
     if config.objective.is_task:
         task = task_of(config, tokenizer, words, read.labels)
         sizes = Sizes(words.size, task.num_outputs, task.num_rows)
-    elif not config.model.causal:
+    elif config.model.kind == "bert":
         objective = config.objective.model_copy(update={"pairs": "next"})
         config = config.model_copy(update={"objective": objective})
     with torch.device("meta"):
@@ -157,7 +186,7 @@ def main(args: Namespace) -> int:
 
 def _next(config: Config, run: Path) -> str:
     """The command that the run is for."""
-    if config.objective.is_task:
+    if config.objective.is_task or config.model.kind == "encoder-decoder":
         return f"predict {run} --input FILE --out FILE"
     if config.model.causal:
         return f"generate {run} --prompt TEXT"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from pretrain.tokenization.pieces import CONTROLS, SPACE, Pieces
 from pretrain.tokenization.vocabularies import template
 
 FILES = ("tokenizer.json", "tokenizer_config.json", Pieces.file)
+TWO = ("source.spm", "target.spm", "vocab.json")  # MarianTokenizer's
 NEVER = -1e5  # score of a piece that no text may become: some thousand pieces' worth
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece's types of pieces
 
@@ -28,7 +29,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece's 
 class Use(NamedTuple):
     """What a model takes texts as. length: of its longest, in tokens. segments: whether it takes token_type_ids. opening,
     closing: roles that stand before all texts and behind each (None: as the tokenizer has it); second: the segment of a
-    second text. special: the model's ids by role, of which the tokenizer may lack some."""
+    second text. special: the model's ids by role, of which the tokenizer may lack some. sentinels: ids behind the
+    tokenizer's, of span corruption's first span and on."""
 
     length: int
     segments: bool = False
@@ -36,11 +38,12 @@ class Use(NamedTuple):
     closing: str | None = None
     second: int = 0
     special: Mapping[str, int] = {}
+    sentinels: Sequence[int] = ()
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, use: Use) -> None:
     """Write its files. Raises UserError for a SentencePiece model that tokenizer.json cannot express."""
-    behind = _lacking(tokenizer, use.special)
+    behind = _lacking(tokenizer, use)
     pieces = {index: tokenizer.piece(index) for index in tokenizer.special.values()} | behind
     roles = {role: pieces[index] for role, index in {**use.special, **tokenizer.special}.items()}
     if isinstance(tokenizer, Pieces):
@@ -71,16 +74,20 @@ def _config(roles: dict[str, str], use: Use) -> Json:
         "model_max_length": use.length,
         "model_input_names": ["input_ids", *(["token_type_ids"] if use.segments else []), "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        **({"additional_special_tokens": _sentinel_names(use)} if use.sentinels else {}),
     }
 
 
-def _lacking(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[int, str]:
+def _lacking(tokenizer: Tokenizer, use: Use) -> dict[int, str]:
     """Names for the control symbols that the tokenizer lacks, which no text has. Raises UserError where there are none."""
-    behind = {role: index for role, index in special.items() if index >= tokenizer.vocab_size}
+    behind = {role: index for role, index in use.special.items() if index >= tokenizer.vocab_size}
+    wished: dict[str, Sequence[str]] = {role: CONTROLS[role] for role in behind}
+    for mark, index in zip(_sentinel_names(use), use.sentinels, strict=True):
+        behind[mark], wished[mark] = index, (mark,)
     if not behind:
         return {}
     held = {tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
-    names = {role: next((name for name in CONTROLS[role] if name not in held), None) for role in behind}
+    names = {role: next((name for name in wished[role] if name not in held), None) for role in behind}
     for role, name in names.items():
         if name is None or "" in held:
             raise UserError(
@@ -88,6 +95,11 @@ def _lacking(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[int, str]
                 "tokenizer.json gives the model's ids, so this cannot be exported."
             )
     return {index: str(names[role]) for role, index in behind.items()}
+
+
+def _sentinel_names(use: Use) -> list[str]:
+    """T5's, the first span's first."""
+    return [f"<extra_id_{number}>" for number in range(len(use.sentinels))]
 
 
 def _framed(before: Json | None, frame: Json) -> Json:
@@ -110,8 +122,14 @@ def notes(tokenizer: Tokenizer) -> list[str]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer."""
+    """The folder's tokenizer, or that of a file. Raises UserError where it has none, or one for either side of a pair."""
     model, described = folder / Pieces.file, folder / "tokenizer.json"
+    if (folder / TWO[0]).is_file() and not described.is_file():
+        raise UserError(
+            f"{folder}: its tokenizer is {', '.join(TWO)}: two SentencePiece models, one for sources and one for targets, but "
+            "a model here has one for both. Put a tokenizer.json that gives the same ids into the folder, or import it "
+            "with --tokenizer FILE."
+        )
     if model.is_file() and described.is_file():
         pieces = load_tokenizer(model)
         if _is_of(parse_json(described.read_bytes(), str(described)), pieces):

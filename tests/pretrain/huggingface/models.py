@@ -15,9 +15,11 @@ from parallel.initial import initialise
 from parallel.layers import Parts
 from parallel.logical import logical_tensors, view
 from pretrain.config.load import checked_config, dump_config
+from pretrain.config.objective import TASKS
 from pretrain.finetuning.opening import LABELS, keep_labels, task_of
 from pretrain.models.bert import BERT as BertModel
 from pretrain.models.make import make_model
+from pretrain.models.transformer import EncoderDecoder
 from pretrain.opening import State, folder_of
 from pretrain.runs import keep_tokenizer
 from pretrain.saving import write_manifest
@@ -28,6 +30,7 @@ from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import vocabulary_of
 
 LENGTH = 24
+EOS = 2  # of the tests' tokenizer
 SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 24, "num_heads": 4, "ffn_hidden_size": 40}
 GPT2: dict[str, Any] = {**SIZES, "positions": "learned", "norm": "layer", "activation": "gelu-tanh"}
 LLAMA: dict[str, Any] = {
@@ -53,6 +56,16 @@ BERT: dict[str, Any] = {
     "norm_epsilon": 1e-12,
     "scale_initial_by_depth": False,
 }
+MARIAN: dict[str, Any] = {
+    **SIZES,
+    "kind": "encoder-decoder",
+    "positions": "sinusoidal",
+    "norm_position": "post",
+    "activation": "relu",
+    "scale_embeddings": True,
+    "initial_scale": 0.2,
+    "scale_initial_by_depth": False,
+}
 # name -> our options, and the architecture that they are; of a BERT also the objective's pairs
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (GPT2, "GPT2LMHeadModel"),
@@ -73,11 +86,19 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
     "bert": (BERT, "BertForPreTraining"),
     "bert masked": ({**BERT, "activation": "gelu-tanh", "segments": 3, "dropout": 0.1}, "BertForMaskedLM"),
     "bert untied": ({**BERT, "tie_embeddings": False, "vocab_size": 340, "max_positions": 40}, "BertForPreTraining"),
+    "marian": (MARIAN, "MarianMTModel"),
+    "marian deeper": ({**MARIAN, "num_layers": 1, "decoder_layers": 3, "activation": "gelu"}, "MarianMTModel"),
+    "marian untied": (
+        {**MARIAN, "tie_embeddings": False, "vocab_size": 340, "max_positions": 40, "scale_embeddings": False},
+        "MarianMTModel",
+    ),
 }
 
 
 def objective_of(name: str) -> dict[str, Any]:
     """Of the model of that name."""
+    if name.startswith("marian"):
+        return {"kind": "sequence-to-sequence"}
     if not name.startswith("bert"):
         return {"kind": "causal"}
     return {"kind": "masked", "pairs": "none" if "masked" in name else "order" if "untied" in name else "next"}
@@ -94,10 +115,11 @@ def write_run(
 ) -> Any:
     """A run of one checkpoint, as training leaves it, moments and all. Its biases and norms are away from 0 and 1, so that
     none can be missing unseen."""
+    kind = None if objective is None else objective["kind"]
     values = {
-        "model": options if objective is None and "lora" not in options else {**options, "initial": "another"},
+        "model": {**options, "initial": "another"} if labels or "lora" in options or kind in TASKS else options,
         "objective": objective_of(name) if objective is None else objective,
-        "data": {"seq_length": length},
+        "data": {"seq_length": 2 * length if options.get("kind") == "encoder-decoder" else length},
         "run": {"dir": str(run)},
         "precision": {"compute": "fp32", "compile": "never"},
     }
@@ -153,7 +175,9 @@ def some_segments() -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> list[Tensor]:
-    """Of ours: over the vocabulary, and of pairs where there is a head for them."""
+    """Of ours: over the vocabulary, and of pairs where there is a head for them. Sources are the ids backwards."""
+    if isinstance(model, EncoderDecoder):
+        return [model.logits(ids, model.encode(ids.flip(1)))]
     if not isinstance(model, BertModel):
         return [model.logits(ids)]
     states = model.states(ids, ids.shape[1], segments=some_segments())
@@ -163,6 +187,8 @@ def logits_of(model: Any, ids: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def logits_of_theirs(model: Any, ids: Tensor) -> list[Tensor]:
+    if model.config.model_type == "marian":
+        return [model(ids.flip(1), decoder_input_ids=ids).logits]
     if model.config.model_type != "bert":
         return [model(ids).logits]
     found = model(ids, token_type_ids=some_segments())
@@ -189,6 +215,22 @@ LLAMA_SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": LENGTH,
 }
+MARIAN_SIZES = {
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "activation_function": "relu",
+    "scale_embedding": True,
+    "max_position_embeddings": LENGTH,
+    "decoder_start_token_id": EOS,
+    "eos_token_id": EOS,
+    "forced_eos_token_id": None,
+    "pad_token_id": 3,
+}
 GPT2_SIZES = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": LENGTH}
 ROPE3 = {
     "rope_type": "llama3",
@@ -211,15 +253,22 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForPreTraining", LLAMA_SIZES),
     "bert masked": ("BertForMaskedLM", {**LLAMA_SIZES, "layer_norm_eps": 1e-5, "type_vocab_size": 3}),
     "bert untied": ("BertForMaskedLM", {**LLAMA_SIZES, "tie_word_embeddings": False, "hidden_act": "relu"}),
+    "marian": ("MarianMTModel", MARIAN_SIZES),
+    "marian deeper": ("MarianMTModel", {**MARIAN_SIZES, "encoder_layers": 1, "activation_function": "gelu"}),
+    "marian untied": ("MarianMTModel", {**MARIAN_SIZES, "tie_word_embeddings": False, "scale_embedding": False}),
 }
 
 
 def make_theirs(name: str, seed: int = 3) -> Any:
     kind, options = THEIRS[name]
     heads = {"GPT2": "LMHeadModel"}
-    class_name = kind if kind.startswith("Bert") else kind + heads.get(kind, "ForCausalLM")
+    class_name = kind if kind.startswith(("Bert", "Marian")) else kind + heads.get(kind, "ForCausalLM")
     made = getattr(transformers, class_name)
-    return random_weights(made(made.config_class(**{**COMMON, **options})), seed)
+    model = random_weights(made(made.config_class(**{**COMMON, **options})), seed)
+    if kind == "MarianMTModel":
+        for side in (model.model.encoder, model.model.decoder):
+            side.embed_positions._init_weight()  # no weights, but they count as such
+    return model
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -20,6 +20,7 @@ from pretrain.huggingface.export import export
 from pretrain.huggingface.importing import import_folder
 from pretrain.huggingface.vocabulary import Use, write_tokenizer
 from pretrain.loading import find_checkpoint, load_model
+from pretrain.merging import Merged
 from pretrain.models.make import make_model
 from pretrain.models.stack import Stack
 from pretrain.sizes import Sizes
@@ -85,7 +86,7 @@ def test_there_and_back_is_bitwise(tmp_path: Path, tokenizer: Tokenizer, name: s
         assert read_weight(before, tensor).equal(read_weight(after, tensor)), tensor
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == tokenizer.content
     configs = [load_config(tmp_path / run / "config.yaml") for run in ("run", "again")]
-    settings = [settings_of(config.model, 1, config.data.seq_length) for config in configs]
+    settings = [settings_of(config.model, 1, max(size for _, size in config.lengths)) for config in configs]
     pairs = [config.objective.pairs.replace("order", "next") for config in configs]  # which theirs does not tell apart
     assert pairs[0] == pairs[1] and configs[0].objective.kind == configs[1].objective.kind
     unsaid = {"dropout", "scale_initial_by_depth", *(("rope_base", "rope_scaling") if "ntk" in name else ())}
@@ -142,20 +143,18 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path, tokenizer: Tokenizer, m
     """No more than the parts of one tensor of theirs are read before it is written."""
     write_run(tmp_path / "run", OURS["gpt2"][0], tokenizer)
     events: list[str] = []
-    from pretrain.huggingface import export as module
+    read, pieces = Merged.read, tensors._pieces
 
-    def counted(checkpoint: Any, name: str) -> torch.Tensor:
+    def counted(found: Merged, name: str) -> torch.Tensor:
         events.append(name)
-        return read_weight(checkpoint, name)
-
-    pieces = tensors._pieces
+        return read(found, name)
 
     def watched(header: bytes, part: Any, dtype: torch.dtype) -> Any:
         for piece in pieces(header, part, dtype):
             events.append("written")
             yield piece
 
-    monkeypatch.setattr(module, "read_weight", counted)
+    monkeypatch.setattr(Merged, "read", counted)
     monkeypatch.setattr(tensors, "_pieces", watched)
     export(tmp_path / "run", tmp_path / "out", say=quiet)
     runs = " ".join(events).split("written")
