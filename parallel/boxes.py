@@ -81,10 +81,9 @@ def held_boxes(engine: Engine, grid: Grid, host: HostMemory | None = None) -> li
     """What this rank writes, copied to `host`. Over all ranks the boxes tile every logical tensor exactly once.
     Collective."""
     shares = [share for share in engine.shares() if counts_once(share.parameter, grid.tensor.rank)]
-    rows = [
-        *_replicated_rows([share for share in shares if share.replicated], grid),
-        *_sharded_rows([share for share in shares if not share.replicated], grid),
-    ]
+    rows = list(_replicated_rows([share for share in shares if share.replicated], grid))
+    if not engine.replicated:
+        rows += _sharded_rows([share for share in shares if not share.replicated], grid)
     copies = iter((host or HostMemory()).copy([parts for _, _, kinds in rows for parts in kinds.values()]))
     boxes: list[Box] = []
     for share, first, kinds in rows:

@@ -57,6 +57,8 @@ class Share:
 
 
 class Engine(Protocol):
+    replicated: bool  # every replica keeps all that learns, and all of its optimizer
+
     @property
     def modules(self) -> Sequence[Any]:
         """What the schedule calls, in place of this rank's stages."""

@@ -24,6 +24,8 @@ class PlainEngine(Counted):
     backward produces them (bfloat16 accumulation loses the small ones).
     """
 
+    replicated = True
+
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         self.grid, self.options, self.tied = grid, options, tied
         self.modules: Sequence[Any] = stages

@@ -29,6 +29,8 @@ class DeepSpeedEngine(Counted):
     for which DeepSpeed arms its hooks when it is itself called: there it takes the place of the one stage.
     """
 
+    replicated = False
+
     def __init__(self, stages: list[Stage], grid: Grid, options: AdamWOptions, tied: nn.Parameter | None) -> None:
         layout = grid.layout
         self.grid, self.options, self.tied, self.stage = grid, options, tied, layout.zero

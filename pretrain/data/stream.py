@@ -60,8 +60,8 @@ class Stream:
         self.manifests = [Manifest.load(folder) for folder in folders]
         _check_same_tokenizer(self.manifests)
         self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
-        self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         sources = [_source(manifest, seq_length) for manifest in self.manifests]
+        self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         try:
             self.order = Order(sources, seed, weights, lanes, window, self.first) if shuffle else Sequential(sources)
         except ValueError as error:

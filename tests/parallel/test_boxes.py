@@ -188,6 +188,8 @@ def test_weights_that_do_not_learn_go_with_the_others_without_moments(
 class Cut:
     """An engine whose flat shares are cut at given places, as ZeRO might."""
 
+    replicated = False
+
     def __init__(self, shares: list[Share]) -> None:
         self._shares = shares
 
