@@ -121,9 +121,10 @@ def local_slopes(num_heads: int, parts: Parts) -> Tensor:
 
 def sinusoids(length: int, hidden_size: int) -> Tensor:
     """(length, H) float32: sin on even features, cos on odd, wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017, 3.5)."""
-    places = torch.arange(length, dtype=torch.float32)[:, None]
-    angles = places * 10000.0 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size)[None, :]
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).reshape(length, -1)[:, :hidden_size]
+    # In float64: a float32 angle of 4,000 radians is off by 2e-4.
+    places = torch.arange(length, dtype=torch.float64)[:, None]
+    angles = places * 10000.0 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float64) / hidden_size)[None, :]
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).reshape(length, -1)[:, :hidden_size].float()
 
 
 class Table(nn.Module):
