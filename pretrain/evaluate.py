@@ -27,9 +27,10 @@ from pretrain.data.documents import Skipped, read_documents, text_files
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.judging import Outputs
 from pretrain.finetuning.responses import answer_sums
-from pretrain.finetuning.tasks import Instruction, Task
+from pretrain.finetuning.tasks import Task
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder

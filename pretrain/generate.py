@@ -16,7 +16,7 @@ from kernels import noise
 from pretrain.beams import Step, beam_search
 from pretrain.config.run import an
 from pretrain.errors import UserError
-from pretrain.finetuning.tasks import Instruction
+from pretrain.finetuning.instruction import Instruction
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder

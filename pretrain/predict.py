@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pretrain import translation
 from pretrain.errors import UserError
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.judging import outputs_of, predicted
 from pretrain.finetuning.responses import written
-from pretrain.finetuning.tasks import Instruction, Task
+from pretrain.finetuning.tasks import Task
 from pretrain.loading import Loaded, load_model
 from pretrain.models.gpt import GPT
 from pretrain.models.transformer import EncoderDecoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 from parallel.grid import start_grid, stop_grid
@@ -13,9 +14,12 @@ from pretrain.data.sources import Sources
 from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
 from pretrain.profile import Profile
-from pretrain.report import Reporter, Silent
+from pretrain.report import Facts, Reporter, Silent
+from pretrain.sizes import parameters_of
 from pretrain.train import Run, train
 from pretrain.trainable import check_trainable
+
+FEW_STEPS = 300  # of a task, below which small sets give unsteady scores (Mosbach et al. 2021; Zhang et al. 2021)
 
 
 def main(config: Config, sources: Sources, profile: int | None = None) -> int:
@@ -40,7 +44,7 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     if profile is not None:
         run.profile = Profile(profile, grid, run.folder)
         run.built.schedule.phase = run.profile.phase
-    reporter = Reporter(config, grid, run.facts()) if grid.rank == 0 else Silent()
+    reporter = Reporter(config, grid, facts_of(run)) if grid.rank == 0 else Silent()
     with run.disk_may_fill(), reporter as run.reporter:
         run.resume()
         over = run.ending(stop=False)
@@ -52,3 +56,31 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
     asked = interrupt.exit_code or (128 + signal.SIGTERM if config.run.stop_at is None else 0)
     return {"diverged": 1, "stopped": asked}.get(reason, 0)
+
+
+def facts_of(run: Run) -> Facts:
+    """What its report begins with."""
+    sources, built = run.sources, run.built
+    parts = [part for part in (getattr(sources.train, "examples", None), sources.examples) if part is not None]
+    return Facts(
+        parameters=parameters_of(run.config, sources.sizes),
+        frozen=sum(map(math.prod, run.frozen.values())),
+        vocab_size=sources.vocabulary.size,
+        plan=run.plan,
+        compiled=built.compiled,
+        kernels=built.kernels,
+        passed_over=built.passed_over,
+        start=run.start.told,
+        findings=(*(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()), *_few(run)),
+    )
+
+
+def _few(run: Run) -> list[str]:
+    """A warning where so short a run of a task says little."""
+    steps = run.plan.total_steps
+    if run.sources.task is None or steps >= FEW_STEPS:
+        return []
+    return [
+        f"warning: {steps:,} steps are few: below about {FEW_STEPS} a task's score depends much on the seed; train longer, "
+        "or compare several seeds"
+    ]

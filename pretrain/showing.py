@@ -13,7 +13,7 @@ from pretrain.attention import Image, as_image, attention_maps, chosen_sample, s
 from pretrain.build import Built
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
-from pretrain.finetuning.tasks import Instruction
+from pretrain.finetuning.instruction import Instruction
 from pretrain.generate import Sampling, sample_text
 from pretrain.models.gpt import GPT
 from pretrain.models.stack import Stack

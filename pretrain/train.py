@@ -30,26 +30,23 @@ from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import ExampleStream
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.judging import Judge
-from pretrain.finetuning.opening import class_weights
 from pretrain.finetuning.responses import AnswerJudge
-from pretrain.finetuning.tasks import Instruction
 from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.objectives.batch import AnyBatch
-from pretrain.objectives.choice import Objective, labelled_of, objective_of
+from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.labelled import Labelled
 from pretrain.profile import Unprofiled
-from pretrain.report import Facts, Silent
+from pretrain.report import Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.showing import Showing
-from pretrain.sizes import parameters_of
 from pretrain.trainable import frozen_weights
 from pretrain.validation import Validation
 
-FEW_STEPS = 300  # of a task, below which small sets give unsteady scores (Mosbach et al. 2021; Zhang et al. 2021)
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -101,7 +98,7 @@ class Run:
         self.folder = Path(config.run.dir)
         self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
-        self.objective = self._objective()
+        self.objective: Objective = objective_for(config, sources)
         self.frozen = frozen_weights(config, sources.sizes)
         self.start = start_of(config, grid, self.frozen, None if sources.task is None else sources.task.labels)
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
@@ -113,13 +110,6 @@ class Run:
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
-
-    def _objective(self) -> Objective:
-        config, sources = self.config, self.sources
-        if isinstance(sources.train, ExampleStream):
-            weights = class_weights(sources.train.task, sources.train.examples)
-            return labelled_of(config, sources.train.task, weights)
-        return objective_of(config, self.tokenizer, sources.vocabulary, sources.train.lanes)
 
     def _validation(self) -> Validation | Judge | None:
         config, sources = self.config, self.sources
@@ -411,27 +401,3 @@ class Run:
         self.reporter.begin(self.state)
         for line in self.showing.unmet():
             self.reporter.warn(line)
-
-    def facts(self) -> Facts:
-        sources = self.sources
-        parts = [part for part in (getattr(sources.train, "examples", None), sources.examples) if part is not None]
-        return Facts(
-            parameters=parameters_of(self.config, sources.sizes),
-            frozen=sum(map(math.prod, self.frozen.values())),
-            vocab_size=sources.vocabulary.size,
-            plan=self.plan,
-            compiled=self.built.compiled,
-            kernels=self.built.kernels,
-            passed_over=self.built.passed_over,
-            start=self.start.told,
-            findings=(*(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()), *self._few()),
-        )
-
-    def _few(self) -> list[str]:
-        """A warning where so short a run of a task says little."""
-        if self.sources.task is None or self.plan.total_steps >= FEW_STEPS:
-            return []
-        return [
-            f"warning: {self.plan.total_steps:,} steps are few: below about {FEW_STEPS} a task's score depends much on the "
-            "seed; train longer, or compare several seeds"
-        ]

@@ -69,6 +69,24 @@ def _tensorboard(args: argparse.Namespace) -> int:
 
 
 def add_commands(add: Add) -> None:
+    for command in (_evaluate_options(add), _predict_options(add)):
+        command.add_argument(
+            "--beams", type=int, metavar="K", help="of pairs: hypotheses of the beam search (default: 4)"
+        )
+        command.add_argument(
+            "--length-penalty",
+            type=float,
+            metavar="ALPHA",
+            help="of pairs: 0 ranks by probability, more favours longer targets (default: 0.6)",
+        )
+    _average_options(add)
+    _harness_options(add)
+    _generate_options(add)
+    _inspect_options(add)
+    _tensorboard_options(add)
+
+
+def _evaluate_options(add: Add) -> argparse.ArgumentParser:
     evaluate = add(
         "evaluate",
         _evaluate,
@@ -105,6 +123,10 @@ def add_commands(add: Add) -> None:
     )
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at once (default: 8)")
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    return evaluate
+
+
+def _predict_options(add: Add) -> argparse.ArgumentParser:
     predict = add(
         "predict",
         _predict,
@@ -127,16 +149,10 @@ def add_commands(add: Add) -> None:
     )
     predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at once (default: 32)")
     predict.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
-    for command in (evaluate, predict):
-        command.add_argument(
-            "--beams", type=int, metavar="K", help="of pairs: hypotheses of the beam search (default: 4)"
-        )
-        command.add_argument(
-            "--length-penalty",
-            type=float,
-            metavar="ALPHA",
-            help="of pairs: 0 ranks by probability, more favours longer targets (default: 0.6)",
-        )
+    return predict
+
+
+def _average_options(add: Add) -> None:
     average = add(
         "average",
         _average,
@@ -146,6 +162,9 @@ def add_commands(add: Add) -> None:
     average.add_argument("run_folder", metavar="RUN", help="folder of a run")
     average.add_argument("--last", type=int, default=5, metavar="N", help="checkpoints to average (default: 5)")
     average.add_argument("--out", required=True, metavar="DIR", help="new folder for the averaged run")
+
+
+def _harness_options(add: Add) -> None:
     harness = add(
         "harness",
         _harness,
@@ -155,7 +174,9 @@ def add_commands(add: Add) -> None:
     harness.add_argument("run_folder", metavar="RUN", help="folder of a run")
     harness.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     harness.set_defaults(of_lm_eval=[])
-    _generate_options(add)
+
+
+def _inspect_options(add: Add) -> None:
     inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
     inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
     inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
@@ -163,6 +184,9 @@ def add_commands(add: Add) -> None:
         "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
     )
     inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
+
+
+def _tensorboard_options(add: Add) -> None:
     board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
     board.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, side by side")
     board.add_argument("--port", type=int, default=6006, metavar="N", help="where it listens (default: 6006)")

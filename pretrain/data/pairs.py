@@ -165,8 +165,7 @@ def _encoded(
 
     sides: list[Tokens] = []
     for _, encoded in encoder(documents()):
-        report.altered += len(encoded.altered)
-        report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
+        report.add_altered(encoded.altered)
         sides += np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
         whole = len(sides) // 2
         for pair, source, target in zip(

@@ -66,6 +66,11 @@ class Report:
     altered: int = 0
     altered_examples: list[str] = field(default_factory=list)
 
+    def add_altered(self, names: Sequence[str]) -> None:
+        """Count documents that do not decode to themselves, and keep the first names."""
+        self.altered += len(names)
+        self.altered_examples += names[: 20 - len(self.altered_examples)]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -258,8 +263,7 @@ def _write(
                     writers[name].add(encoded.tokens[start : start + length])
                     report.parts[name].add(length, len(data))
                     progress.add(length, len(data))
-                report.altered += len(encoded.altered)
-                report.altered_examples += encoded.altered[: 20 - len(report.altered_examples)]
+                report.add_altered(encoded.altered)
     finally:
         encoder.close()
     check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)

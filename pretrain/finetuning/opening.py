@@ -10,8 +10,16 @@ from typing import NamedTuple
 from pretrain.config.run import Config
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.sequences import Format
-from pretrain.finetuning.tasks import KINDS, Task
+from pretrain.finetuning.tasks import (
+    Classification,
+    MultipleChoice,
+    QuestionAnswering,
+    Regression,
+    Tagging,
+    Task,
+)
 from pretrain.tasks.alignment import IGNORED
 from pretrain.tasks.labels import LabelSet
 from pretrain.tasks.lines import Findings
@@ -19,6 +27,15 @@ from pretrain.tokenization.base import Tokenizer
 from pretrain.vocabulary import Vocabulary
 
 LABELS = "labels.json"
+
+KINDS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "multiple-choice": MultipleChoice,
+    "tagging": Tagging,
+    "question-answering": QuestionAnswering,
+    "instruction": Instruction,
+}
 
 
 class Opened(NamedTuple):

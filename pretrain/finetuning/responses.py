@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from parallel.schedules import Schedule
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.judging import Judge, Outputs, batch_of, length
 from pretrain.finetuning.sequences import Array
-from pretrain.finetuning.tasks import Instruction, Sample, Task
+from pretrain.finetuning.tasks import Sample, Task
 from pretrain.models.gpt import GPT
 from pretrain.objectives.labelled import Labelled
 from pretrain.validation import Result

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config.run import Config
+from pretrain.data.sources import Sources
+from pretrain.finetuning.examples import ExampleStream
+from pretrain.finetuning.opening import class_weights
 from pretrain.finetuning.tasks import Task
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.labelled import Labelled
@@ -18,6 +21,14 @@ from pretrain.vocabulary import Vocabulary
 TextObjective = Causal | Masked | SequenceToSequence | Prefix | SpanCorruption
 Objective = TextObjective | Labelled
 SENTENCE_ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")
+
+
+def objective_for(config: Config, sources: Sources) -> Objective:
+    """Of a run, with what its data decide."""
+    train = sources.train
+    if isinstance(train, ExampleStream):
+        return labelled_of(config, train.task, class_weights(train.task, train.examples))
+    return objective_of(config, sources.tokenizer, sources.vocabulary, train.lanes)
 
 
 def objective_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, lanes: int) -> TextObjective:

@@ -13,9 +13,9 @@ from pretrain.config.objective import TASKS, ObjectiveConfig
 from pretrain.finetuning import stdlib
 from pretrain.finetuning.examples import GROUP, POOL, Examples, ExampleStream, GroupedOrder, planes
 from pretrain.finetuning.judging import predicted
-from pretrain.finetuning.opening import class_weights
+from pretrain.finetuning.opening import KINDS, class_weights
 from pretrain.finetuning.sequences import Format
-from pretrain.finetuning.tasks import KINDS, Sample, Task
+from pretrain.finetuning.tasks import Sample, Task
 from pretrain.tasks.alignment import IGNORED
 from pretrain.tasks.labelled import read_classified
 from pretrain.tasks.lines import Findings

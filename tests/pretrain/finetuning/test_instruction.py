@@ -18,9 +18,10 @@ from pretrain.config.objective import ObjectiveConfig, TemplateConfig
 from pretrain.errors import UserError
 from pretrain.finetuning.chat import PROMPT_CUT, RESPONSE_CUT
 from pretrain.finetuning.examples import planes
+from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.responses import likeliest, written
 from pretrain.finetuning.sequences import Format
-from pretrain.finetuning.tasks import Instruction, Sample
+from pretrain.finetuning.tasks import Sample
 from pretrain.generate import Sampling, generate
 from pretrain.loading import load_model
 from pretrain.models.gpt import GPT
