@@ -74,7 +74,7 @@ class _Watched(Run):
 
     def log(self, data: Any, loss: Any, update: Any) -> None:
         super().log(data, loss, update)
-        self.losses.append(loss.item() / data.targets)
+        self.losses.append(loss.item() / data.targets[0])
 
 
 def compare_speed(config: str, rounds: int, count: int) -> dict[str, Any]:
