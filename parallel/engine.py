@@ -29,6 +29,7 @@ class AdamWOptions(NamedTuple):
     weight_decay: float
     clip_norm: float  # 0 leaves gradients as they are
     backend: Wish = "auto"  # of AdamW
+    apart: bool = False  # what the model computes with are copies of the masters, in float32 too
 
 
 class Step(NamedTuple):

@@ -34,7 +34,7 @@ class PlainEngine(Counted):
         self.parameters: list[nn.Parameter] = []
         self.masters: list[nn.Parameter] = []
         for group in self.optimizer.param_groups:
-            masters = [p if p.dtype == torch.float32 else _master(p) for p in group["params"]]
+            masters = [p if p.dtype == torch.float32 and not options.apart else _master(p) for p in group["params"]]
             self.parameters += group["params"]
             self.masters += masters
             group["params"] = masters
@@ -61,6 +61,8 @@ class PlainEngine(Counted):
         applied = self.optimizer.bound(norm, self.options.clip_norm)
         self._set_rate(learning_rate)
         self.optimizer.step()
+        if self.options.apart:
+            self.publish()  # what a skipped step of the Triton kernel leaves as it is
         self.optimizer.zero_grad(set_to_none=True)
         return Step(norm, applied)
 
@@ -79,7 +81,7 @@ class PlainEngine(Counted):
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    master = nn.Parameter(parameter.detach().float())
+    master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
 
     def accumulate(p: nn.Parameter) -> None:
         assert p.grad is not None

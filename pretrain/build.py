@@ -14,13 +14,14 @@ from torch import nn
 from kernels import norm_triton, selftest
 from kernels.available import Backend, Chosen, choose, no_triton, unsupported
 from kernels.backends import Backends, Refused
-from parallel.engine import AdamWOptions, Engine, set_weights
+from parallel.engine import AdamWOptions, Engine, parted, set_weights
 from parallel.grid import Grid
 from parallel.initial import initial_values
 from parallel.layers import Parts
 from parallel.logical import canonical
+from parallel.mixout import Mixout
 from parallel.schedules import Schedule
-from parallel.stages import Stage, cuts, layers_of_parts
+from parallel.stages import Stage, cuts, layers_of_parts, parameter_paths
 from parallel.zero import make_engine
 from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
@@ -44,6 +45,7 @@ class Built:
     compiled: str  # for people: compiled or not, and why
     kernels: str  # for people: whose kernels compute what
     passed_over: list[str]  # for people: whose would be preferred, and why they are not taken
+    mixout: Mixout | None = None
 
     def train(self, training: bool) -> None:
         """Dropout, label smoothing and z-loss on or off."""
@@ -62,8 +64,18 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
     kernels, passed_over = try_kernels(choose_kernels(config, grid, dtype), backends)
     engine = make_engine(stages, grid, optimizer_options(config), _tied_end(stages, config, grid))
     schedule = Schedule(engine.modules, grid, config.model.hidden_size, dtype, engine.no_sync)
-    set_weights(engine, values or (lambda path, parameter: initial_values(path, parameter, config.run.seed)))
-    return Built(stages, schedule, engine, why, kernels, passed_over)
+    values = values or (lambda path, parameter: initial_values(path, parameter, config.run.seed))
+    set_weights(engine, values)
+    return Built(stages, schedule, engine, why, kernels, passed_over, make_mixout(stages, config, values))
+
+
+def make_mixout(stages: list[Stage], config: Config, values: Values) -> Mixout | None:
+    """Of the matrices of the blocks that learn, as the authors' code has it: no embeddings, biases, norms and heads."""
+    if not config.optimizer.mixout:
+        return None
+    learning, _ = parted(parameter_paths(stages))
+    matrices = {p: path for p, path in learning.items() if p.dim() == 2 and "blocks" in path.split(".")}
+    return Mixout(matrices, values, config.optimizer.mixout, config.run.seed)
 
 
 def build_stages(
@@ -156,7 +168,12 @@ def _tied_end(stages: list[Stage], config: Config, grid: Grid) -> nn.Parameter |
 def optimizer_options(config: Config) -> AdamWOptions:
     optimizer = config.optimizer
     return AdamWOptions(
-        optimizer.betas, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm, config.kernels.optimizer
+        optimizer.betas,
+        optimizer.epsilon,
+        optimizer.weight_decay,
+        optimizer.clip_norm,
+        config.kernels.optimizer,
+        apart=optimizer.mixout > 0,
     )
 
 

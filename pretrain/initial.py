@@ -7,6 +7,7 @@ initial model does not have begins at random.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,12 @@ HEADS = ("task_head.", "pooler.", "transform.", "pair_head.", "head.")
 
 
 class Start(NamedTuple):
-    """values(path, parameter): float32 of a local parameter. told: for people, where they are from; empty: random."""
+    """values(path, parameter): float32 of a local parameter. told: for people, where they are from; empty: random, or of no
+    more use. digest: SHA-256 of the files that they are from."""
 
     values: Callable[[str, nn.Parameter], Tensor]
     told: str
+    digest: str = ""
 
 
 def start_of(config: Config, grid: Grid, frozen: Collection[str] = (), labels: LabelSet | None = None) -> Start:
@@ -44,7 +47,7 @@ def start_of(config: Config, grid: Grid, frozen: Collection[str] = (), labels: L
     seed = config.run.seed
     if config.model.initial is None or config.model.reset == "all":
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
-    if checkpoint.list_steps(Path(config.run.dir)):  # which is gone on from
+    if checkpoint.list_steps(Path(config.run.dir)) and not config.optimizer.mixout:  # which is gone on from
         return Start(lambda path, parameter: initial_values(path, parameter, seed), "")
     run = _run(Path(config.model.initial), Path(config.run.dir), grid)
     found, first = Merged(find_checkpoint(run, None), run_config(run).model), _first_reset(config)
@@ -73,7 +76,9 @@ def start_of(config: Config, grid: Grid, frozen: Collection[str] = (), labels: L
                 raise UserError(f"{found.folder}: lacks {name}, which this model needs")
         return made
 
-    return Start(values, f"from {config.model.initial}, step {found.checkpoint.state.step}")
+    files = sorted(info["sha256"] for info in found.checkpoint.files.values())
+    digest = hashlib.sha256(" ".join(files).encode()).hexdigest()
+    return Start(values, f"from {config.model.initial}, step {found.checkpoint.state.step}", digest)
 
 
 def _same_task(run: Path, config: Config, labels: LabelSet | None) -> bool:

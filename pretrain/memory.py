@@ -79,6 +79,7 @@ def memory(
     place = replace(_place(config, layout, layers, vocab_size, stage), frozen=frozen)
     micro_batches = (size or config.batch.size) // layout.data // config.batch.micro_size
     states = _states(place)
+    states = states._replace(weights=states.weights + _mixed(place))
     begin = frozen.blocks if place.first else 0  # what a stage receives has a gradient in any case
     held = [sum(saved_by_layer(place, layer) for layer in chunk) for chunk in place.chunks]
     held[0] = sum(saved_by_layer(place, layer) for layer in place.chunks[0] if layer >= begin)
@@ -167,7 +168,7 @@ def _states(place: Place) -> _States:
     weights, replicas = element * count, layout.data * layout.context
     whole, count = count, count - place.frozen.elements  # of those that learn
     if layout.zero == 0 or (replicas == 1 and not layout.offload):
-        masters = 0 if element == FLOAT else FLOAT * count
+        masters = 0 if element == FLOAT and not place.config.optimizer.mixout else FLOAT * count
         flat = FLOAT * min(BUCKET, count) if replicas > 1 else 0
         return _States(weights, masters + 2 * FLOAT * count, FLOAT * count, 0, 0, flat, 0, 0)
     share, bucket = -(-count // replicas), FLOAT * min(BUCKET, count)
@@ -181,6 +182,14 @@ def _states(place: Place) -> _States:
     weights = element * (-(-whole // replicas) + min(whole, GATHERED))
     host = optimizer if layout.offload else 0
     return _States(weights, optimizer, FLOAT * share, FLOAT * share, bucket, 0, FLOAT * share, host)
+
+
+def _mixed(place: Place) -> int:
+    """What mixout keeps: the layers' matrices as they began, and a byte an element for their masks."""
+    if not place.config.optimizer.mixout:
+        return 0
+    matrices = layer_parameters(place.model.model_copy(update={"biases": False})) - 2 * place.model.hidden_size
+    return (place.element + 1) * sum(map(len, place.chunks)) * matrices // place.layout.tensor
 
 
 def _zero_2(place: Place, weights: int, count: int, share: int, optimizer: int) -> _States:

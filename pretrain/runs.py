@@ -104,14 +104,15 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def about(grid: Grid, data: str, kernels: str) -> dict[str, Any]:
-    """What a checkpoint tells of its making: the layout and versions for people, the data's fingerprint and whose kernels
-    computed for a resume."""
+def about(grid: Grid, data: str, kernels: str, initial: str) -> dict[str, Any]:
+    """What a checkpoint tells of its making: the layout and versions for people, the data's and the initial weights'
+    fingerprints and whose kernels computed for a resume."""
     return {
         "layout": str(grid.layout),
         "processes": grid.world,
         "data": data,
         "kernels": kernels,
+        "initial": initial,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 

@@ -170,6 +170,8 @@ class Run:
         """This rank's sum of losses, one a term; gradients of the terms' means over all their targets accumulate."""
         self.heartbeat.mark(self.state.step + 1, "forward-backward")
         self.built.train(True)
+        if self.built.mixout is not None:
+            self.built.mixout.begin(self.state.step)
         # The engine averages over the replicas, so each gives their number times its part of the mean.
         scales = [self.grid.replica_size / max(count, 1.0) for count in data.targets]
         scale = scales[0] if len(scales) == 1 else torch.tensor(scales, device=self.grid.device)
@@ -330,7 +332,7 @@ class Run:
         self.count_updates()
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
-        about = runs.about(self.grid, self.sources.fingerprint, self.built.kernels)
+        about = runs.about(self.grid, self.sources.fingerprint, self.built.kernels, self.start.digest)
         keep = functools.partial(self.kept, self.state)  # the state as it is now, whenever the thread comes to ask
         order = Order(self.state, about, self.config.checkpoint.keep_last, keep, self.reporter.flush)
         with self.reporter.pause(), self.saving():
@@ -384,6 +386,11 @@ class Run:
                 raise UserError(
                     f"{found.folder}: was trained on other data than {', '.join(self.config.data.train_folders)} "
                     "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
+                )
+            if self.built.mixout is not None and found.about.get("initial") != self.start.digest:
+                raise UserError(
+                    f"{found.folder}: was mixed with other weights than {self.config.model.initial} has now; put back that "
+                    "model as it was, or give another run.dir to start anew"
                 )
             checkpoint.load_engine(found, self.engine, self.grid)
             before = found.about.get("kernels", self.built.kernels)

@@ -51,6 +51,8 @@ def frozen_weights(config: Config, shape: Sizes) -> Tensors:
 def check_trainable(config: Config, shape: Sizes, layout: Layout, layers: list[int]) -> None:
     """Raises UserError for names that are wrong, and for a layout under which a rank would have no weight that learns and
     yet share the optimizer. layers: of each part of the pipeline (`pretrain.build.stage_layers`)."""
+    if problems := list(_mixout_problems(config, layout)):
+        raise problem_error("mixout cannot be", problems)
     frozen = frozen_weights(config, shape)
     shared = layout.zero > 0 and layout.data * layout.context > 1
     for stage in range(layout.pipeline if shared and frozen else 0):
@@ -141,6 +143,20 @@ def _prefixes(names: Tensors) -> list[str]:
 
 def _heads(names: Tensors) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in names))
+
+
+def _mixout_problems(config: Config, layout: Layout) -> Iterator[Problem]:
+    if not config.optimizer.mixout:
+        return
+    if config.model.initial is None or config.model.reset == "all":
+        yield Problem(
+            "optimizer.mixout", "there are no trained weights to mix with", "name a model.initial, or remove it"
+        )
+    if config.model.lora is not None:
+        yield Problem("optimizer.mixout", "has no effect with model.lora, whose layers do not learn", "remove one")
+    if layout.zero == 3 and (layout.data * layout.context > 1 or layout.offload):
+        found = "ZeRO-3 has no rank's weights whole when a step begins"
+        yield Problem("optimizer.mixout", found, "set parallel.zero: 2")
 
 
 def _split(products: Products, frozen: Tensors) -> Iterator[Problem]:

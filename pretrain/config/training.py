@@ -59,6 +59,12 @@ class OptimizerConfig(Section):
         1.0, "learning rate of each block as a share of the one above it; the embeddings' is the lowest", gt=0, le=1
     )
     clip_norm: float = meaning(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
+    mixout: float = meaning(
+        0.0,
+        "probability with which a weight of the layers is the initial model's in a training step (Lee et al. 2020); 0: never",
+        ge=0,
+        lt=1,
+    )
     freeze: int | list[str] = meaning(
         0,
         "weights that do not learn: so many layers from the bottom, the embeddings with them, or a list of names such as "

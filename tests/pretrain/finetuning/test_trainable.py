@@ -4,6 +4,7 @@ what is refused."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ SHORT = (
     "checkpoint.every=3 steps",
     "monitor.validate_every=3 steps",
 )
+MIXOUT = "optimizer.mixout=0.4"
 TWO_STACKS = (
     "model={kind: encoder-decoder, num_layers: 1, hidden_size: 32, num_heads: 4, positions: sinusoidal, dropout: 0.1}",
     "objective={kind: prefix}",
@@ -70,7 +72,7 @@ class Traces:
             fields = [f"model={{initial: {folder / 'begun' / 'run'}}}", LORA, TWO_STACKS[1], *stable]
             return runs.open_config(str(write_config(folder, self.shards)), fields, 1)
         path = tiny.write_config(folder, "classification", tiny.bert(self.shards))
-        return runs.open_config(str(path), [{"lora": LORA, "names": FREEZE}[name], *stable], 1)
+        return runs.open_config(str(path), [{"lora": LORA, "names": FREEZE, "mixout": MIXOUT}[name], *stable], 1)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ LAYOUTS = {
     "bottom": ("pp=2", "dp=2,zero=1"),
     "lora": ("tp=2,sp", "cp=2,zero=2", "pp=2"),
     "two stacks": ("tp=2,sp",),
+    "mixout": ("tp=2,sp", "cp=2,zero=1", "dp=2,zero=2"),
 }
 
 
@@ -91,7 +94,8 @@ def test_every_layout_trains_the_same(name: str, layout: str, traces: Traces) ->
     config, one = traces.of(name)
     case = verify.case_of(config, layout)
     found = run_ranks(case.processes, verify.trace, case.config, STEPS)[0]
-    assert one.gradients[0].keys() == found.gradients[0].keys() < one.weights.keys()
+    learning = one.gradients[0].keys()
+    assert learning == found.gradients[0].keys() and (learning < one.weights.keys()) == (name != "mixout")
     compared = comparison.compare(layout, case.processes, one, found, comparison.Allowed(weight=4e-5))
     assert compared.same, f"step {compared.step}: {compared.what} {compared.parameters}"
 
@@ -199,6 +203,27 @@ def test_pre_training_goes_on_with_lora_and_writes_text(tiny_data: Path, tmp_pat
     assert ran.code == 0, ran.told
 
 
+def test_a_run_with_mixout_goes_on_bitwise_and_only_from_the_same_model(tiny_data: Path, tmp_path: Path) -> None:
+    """The initial model is a copy here, which then is trained further."""
+    initial = tmp_path / "initial"
+    shutil.copytree(tiny.bert(tiny_data), initial)
+    for name in ("halted", "whole"):
+        config = tiny.write_config(tmp_path / name, "classification", initial, train=48)
+        halt = ["run.stop_at=0.5 of total"] if name == "halted" else []
+        ran = running.command("train", config, *SHORT, MIXOUT, *halt)
+        assert ran.code == 0, ran.told
+    shutil.copytree(tmp_path / "halted" / "run", tmp_path / "later")
+    ran = running.command("train", tmp_path / "halted" / "run", "run.stop_at=null")
+    assert ran.code == 0, ran.told
+    ours, theirs = (running.tensors_of(tmp_path / name / "run", 6) for name in ("halted", "whole"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    shutil.rmtree(running.checkpoint_folder(initial, 4))
+    shutil.copytree(running.checkpoint_folder(tmp_path / "whole" / "run", 6), running.checkpoint_folder(initial, 6))
+    running.assert_refused(
+        running.command("train", tmp_path / "later", "run.stop_at=null"), "was mixed with other weights than"
+    )
+
+
 # -- which they are, and what is refused -------------------------------------------------------------------------------
 
 
@@ -272,6 +297,11 @@ def test_a_stage_that_learns_nothing_is_refused_where_the_optimizer_is_shared_ou
     config, shape, layers = config_of(3), Sizes(300), [3, 1]
     check_trainable(config, shape, Layout(pipeline=2, data=2, zero=0), layers)
     check_trainable(config, shape, Layout(pipeline=2, zero=1), layers)
+    mixed = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"mixout": 0.1})})
+    with pytest.raises(
+        UserError, match=r"optimizer.mixout: there are no trained weights[^$]*ZeRO-3[^$]*set parallel.zero: 2"
+    ):
+        check_trainable(mixed, shape, Layout(data=2, zero=3), [4])
     with pytest.raises(UserError, match=r"stage 1 of 2 has no weight that learns.*set parallel.zero: 0"):
         check_trainable(config, shape, Layout(pipeline=2, data=2, zero=1), layers)
 
@@ -283,6 +313,7 @@ def test_a_stage_that_learns_nothing_is_refused_where_the_optimizer_is_shared_ou
         (("model.lora={targets: []}",), "model.lora.targets: is empty"),
         (("model.lora={targets: [key]}",), "model.lora.targets"),
         (("model.lora={}", "model.reset=1"), "model.reset: begins layers at random weights, which lora leaves"),
+        ((MIXOUT, "model.lora={}"), "optimizer.mixout: has no effect with model.lora"),
         (("optimizer.freeze=-1",), "optimizer.freeze: -1 layers; give 0 or more, or a list of names"),
         (("optimizer.freeze=[block.0]",), "did you mean blocks.0"),
         (
