@@ -45,11 +45,14 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 14)
 
 
-def mix_fast(x: Tensor) -> Tensor:
-    """`lowbias32` of the same source: two products; enough for the last round over columns of an already mixed row key."""
-    x = (x ^ _shift(x, 16)) * _i32(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _i32(0x846CA68B)
-    return x ^ _shift(x, 16)
+def mix_fast_(x: Tensor) -> Tensor:
+    """`lowbias32` of the same source on x itself: two products; enough for the last round over columns of an already mixed
+    row key. In place, since without torch.compile it is memory that takes the time (4 times as long with new tensors)."""
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= (x >> bits).bitwise_and_(_M32 >> bits)
+        x *= _i32(factor)
+    x ^= (x >> 16).bitwise_and_(_M32 >> 16)
+    return x
 
 
 def sample_keys(seed: int, numbers: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def keep_mask(keys: Tensor, site: int, rows: Tensor, columns: Tensor, rate: floa
     row_keys = mix(site_keys[:, None] ^ rows.to(torch.int32)[None, :])
     # Spread, or rows whose keys differ in their low bits alone would have the same mask in another order.
     column_keys = columns.to(torch.int32) * 2039
-    bits = mix_fast(row_keys[:, :, None] ^ column_keys[None, None, :])
+    bits = mix_fast_(row_keys[:, :, None] ^ column_keys[None, None, :])
     return bits >= math.floor(rate * 2**32) - 2**31
 
 

@@ -256,7 +256,8 @@ class Run:
         nothing = torch.zeros(len(terms), dtype=torch.float64, device=grid.device)
         total = grid.total(nothing + loss.double() if grid.reads_loss else nothing).tolist()
         means = [one / max(count, 1.0) for one, count in zip(total, data.targets, strict=True)]
-        digest = torch.tensor(batch_hash(data.numbers, data.tokens) if grid.reads_data else 0, device=grid.device)
+        own = self.sources.train.unpadded(data.tokens)
+        digest = torch.tensor(batch_hash(data.numbers, own) if grid.reads_data else 0, device=grid.device)
         return dict(zip(terms, means, strict=True)), f"{grid.total(digest).item() % 2**64:016x}"
 
     def validate(self) -> None:

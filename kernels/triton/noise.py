@@ -18,7 +18,7 @@ def mix(x):
 
 @triton.jit
 def mix_fast(x):
-    """`kernels.noise.mix_fast` (lowbias32)."""
+    """`kernels.noise.mix_fast_` (lowbias32)."""
     x = x.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B

@@ -15,7 +15,7 @@ import bisect
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,10 @@ class Stream:
                 row[:] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
         return out
 
+    def unpadded(self, tokens: Integers) -> Integers:
+        """Of tokens that were read, what is the samples' own: all."""
+        return tokens
+
     def _place(self, sources: Integers, samples: Integers) -> tuple[Integers, Integers]:
         """(chunk, first token in it) of samples, each (B,)."""
         chunks, indices = np.divmod(samples, self._per_chunk[sources])
@@ -145,13 +149,13 @@ class Stream:
                 chunks.close()
 
 
-def batch_hash(numbers: Integers, tokens: Integers) -> int:
+def batch_hash(numbers: Integers, tokens: Iterable[Integers]) -> int:
     """Sum, wrapping in int64, of a hash of each (sample number, its tokens).
 
     The sum over ranks (an int64 all-reduce) is the global batch's hash, whatever the ranks and their order. numbers
-    (B,), tokens (B, T + 1).
+    (B,), tokens of each of them.
     """
-    rows = np.ascontiguousarray(tokens, "<u4")
+    rows = (np.ascontiguousarray(row, "<u4") for row in tokens)
     total = sum(
         xxhash.xxh64_intdigest(row.data, seed=number % 2**64)
         for number, row in zip(numbers.tolist(), rows, strict=True)

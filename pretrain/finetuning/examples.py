@@ -21,13 +21,12 @@ import numpy as np
 
 from pretrain.data.order import key, permute
 from pretrain.errors import UserError
-from pretrain.finetuning.sequences import Array
+from pretrain.finetuning.sequences import Array, Format
 from pretrain.finetuning.tasks import Sample, Task
 from pretrain.tasks.alignment import IGNORED
 from pretrain.tasks.lines import Findings
 
-POOL, GROUP = 512, 32
-WIDTH = 32  # sequences are padded to a multiple of this: few shapes, and every layout divides them
+POOL, GROUP = 1024, 32
 NOTHING = -1  # an id where there is none
 
 
@@ -55,11 +54,10 @@ class Examples(NamedTuple):
         return found.hexdigest()
 
 
-def planes(samples: Many[Sample], num_rows: int, longest: int) -> Array:
-    """(n, 3 num_rows, W) int64: of each row ids, segments, targets; W fits all of them, a multiple of WIDTH or `longest`."""
+def planes(samples: Many[Sample], num_rows: int, form: Format) -> Array:
+    """(n, 3 num_rows, W) int64: of each row ids, segments, targets; W fits all of them."""
     widest = max(max(len(row.ids) for sample in samples for row in sample.rows), *(len(s.targets) for s in samples))
-    width = min(-(-widest // WIDTH) * WIDTH, max(longest, widest))
-    out = np.zeros((len(samples), 3 * num_rows, width), np.int64)
+    out = np.zeros((len(samples), 3 * num_rows, form.width(widest)), np.int64)
     out[:, 0::3] = NOTHING
     out[:, 2::3] = IGNORED
     for place, sample in enumerate(samples):
@@ -137,6 +135,12 @@ class ExampleStream:
     def gather(self, sources: Array, places: Array) -> Array:
         """Planes of the samples at `places` (B,)."""
         samples = [self.examples.samples[place] for place in places.tolist()]
-        return planes(samples, self.task.num_rows, self.task.form.length)
+        return planes(samples, self.task.num_rows, self.task.form)
+
+    def unpadded(self, tokens: Array) -> list[Array]:
+        """Planes (3 num_rows, W) of samples without what they were padded with, which depends on who reads them together."""
+        filled = (tokens[:, 0::3] != NOTHING).any(axis=1) | (tokens[:, 2::3] != IGNORED).any(axis=1)
+        widths = filled.shape[1] - filled[:, ::-1].argmax(axis=1)
+        return [sample[:, :width] for sample, width in zip(tokens, widths.tolist(), strict=True)]
 
     def close(self) -> None: ...

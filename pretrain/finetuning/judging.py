@@ -69,7 +69,7 @@ class Judge:
         there counts nothing."""
         last = len(self.samples) - 1
         samples = [self.samples[min(place, last)] for part in places for place in part]
-        whole = torch.from_numpy(planes(samples, self.task.num_rows, self.task.form.length))
+        whole = torch.from_numpy(planes(samples, self.task.num_rows, self.task.form))
         made = [self.objective(torch.arange(len(part)), part) for part in whole.split(self.micro)]
         return [
             batch.without(torch.tensor(part) > last) if part[-1] > last else batch
@@ -94,7 +94,7 @@ def sample_losses(task: Task, outputs: Tensor, batch: LabelledBatch) -> tuple[Te
 
 def batch_of(objective: Labelled, task: Task, samples: Many[Sample]) -> LabelledBatch:
     numbers = torch.arange(len(samples))
-    return objective(numbers, torch.from_numpy(planes(samples, task.num_rows, task.form.length)))
+    return objective(numbers, torch.from_numpy(planes(samples, task.num_rows, task.form)))
 
 
 def predicted(

@@ -60,7 +60,8 @@ def open_examples(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary) 
 
 def task_of(config: Config, tokenizer: Tokenizer, vocabulary: Vocabulary, labels: LabelSet) -> Task:
     model = config.model
-    form = Format(tokenizer, vocabulary, model.causal, config.data.seq_length, model.num_segments)
+    parts = config.parallel.tensor * config.parallel.context
+    form = Format(tokenizer, vocabulary, model.causal, config.data.seq_length, model.num_segments, parts)
     return KINDS[config.objective.kind](config.objective, form, labels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +23,21 @@ class Sequence(NamedTuple):
 
 
 class Format:
-    """How texts are joined for one model. length: tokens of a sequence at most."""
+    """How texts are joined for one model. length: tokens of a sequence at most; parts: ranks that share a sequence."""
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, causal: bool, length: int, segments: int) -> None:
-        self.tokenizer, self.length, self.causal = tokenizer, length, causal
+    def __init__(
+        self, tokenizer: Tokenizer, vocabulary: Vocabulary, causal: bool, length: int, segments: int, parts: int = 1
+    ) -> None:
+        self.tokenizer, self.length, self.causal, self.parts = tokenizer, length, causal, parts
         self.opening = [] if causal else [vocabulary.special["cls"]]
         self.closing = [tokenizer.eos] if causal else [vocabulary.special["sep"]]
         self.second = 1 if segments > 1 else 0
+
+    def width(self, longest: int) -> int:
+        """Tokens that sequences are padded to, of which the longest has so many: one of eight widths between each power of
+        two and the next, so that little is padded and shapes are few, and one that the ranks can share."""
+        step = math.lcm(max(1, 1 << max((longest - 1).bit_length() - 4, 0)), self.parts)
+        return min(-(-longest // step) * step, max(self.length, longest))
 
     def num_special(self, num_texts: int) -> int:
         return len(self.opening) + num_texts * len(self.closing)

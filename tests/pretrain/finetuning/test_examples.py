@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pretrain.config.objective import TASKS, ObjectiveConfig
+from pretrain.data.stream import batch_hash
 from pretrain.finetuning import stdlib
 from pretrain.finetuning.examples import GROUP, POOL, Examples, ExampleStream, GroupedOrder, planes
 from pretrain.finetuning.judging import predicted
@@ -139,8 +140,9 @@ def test_right_outputs_score_perfectly_over_windows_too(kind: str, tmp_path: Pat
 def test_planes_hold_every_row_padded(tmp_path: Path) -> None:
     task, examples = opened("multiple-choice", tmp_path)
     some = examples.samples[:5]
-    found = planes(some, task.num_rows, 32)
-    assert found.shape[1] == 3 * task.num_rows and found.shape[2] % 32 == 0
+    found = planes(some, task.num_rows, task.form)
+    widest = max(len(row.ids) for sample in some for row in sample.rows)
+    assert found.shape[1:] == (3 * task.num_rows, task.form.width(widest))
     for sample, plane in zip(some, found, strict=True):
         for number in range(task.num_rows):
             ids = sample.rows[number].ids if number < len(sample.rows) else np.empty(0, np.int64)
@@ -161,6 +163,19 @@ def test_a_stream_is_known_by_what_decides_its_samples(tmp_path: Path) -> None:
     part = stream.gather(*stream.order.locate(numbers[7:9]))
     width = part.shape[2]
     assert np.array_equal(part, whole[7:9, :, :width])
+    assert width < whole.shape[2], "else the hash's independence of it is not tried"
+    assert batch_hash(numbers[7:9], stream.unpadded(part)) == batch_hash(numbers[7:9], stream.unpadded(whole[7:9]))
+    assert batch_hash(numbers[7:9], part) != batch_hash(numbers[7:9], whole[7:9])
+    for sample, place in zip(stream.unpadded(whole), stream.order.locate(numbers)[1].tolist(), strict=True):
+        assert sample.shape[1] == max(len(examples.samples[place].rows[0].ids), 1)
+
+
+def test_widths_are_few_close_and_shared_by_the_ranks() -> None:
+    alone, eight = (Format(TOKENIZER, VOCABULARY, False, 400, 0, parts) for parts in (1, 8))
+    widths = [alone.width(longest) for longest in range(1, 401)]
+    assert len(set(widths)) < 60 and all(0 <= width - longest <= longest / 8 for longest, width in enumerate(widths, 1))
+    assert widths[27] == 28 and widths[99] == 104 and widths[399] == 400 and alone.width(450) == 450
+    assert all(eight.width(longest) % 8 == 0 for longest in range(1, 401))
 
 
 def test_balanced_weights_are_scikit_learns(tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_the_loss_is_on_the_answers_and_their_ends_alone() -> None:
     assert found.targets.tolist() == targets[1:]
 
     short = sample(made, ("user", "x"), ("assistant", "name"))
-    batch = Labelled("instruction", 1, 1, None, True)(torch.arange(2), torch.from_numpy(planes([found, short], 1, 64)))
+    batch = Labelled("instruction", 1, 1, None, True)(
+        torch.arange(2), torch.from_numpy(planes([found, short], 1, made.form))
+    )
     assert isinstance(batch, Batch) and batch.documents is None
     assert batch.inputs[0, : len(ids) - 1].tolist() == ids[:-1]
     assert batch.mask[0, : len(ids) - 1].tolist() == [float(counts) for counts in counted[1:]]
