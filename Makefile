@@ -82,6 +82,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --no-warn-unused-configs benchmarks/*.py
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(STAMP) $(SHARDS)

@@ -22,7 +22,7 @@ from parallel.layers import Parts
 from pretrain.build import optimizer_options
 from pretrain.data.stream import prefetch
 from pretrain.models.gpt import GPT
-from pretrain.objectives.batch import Batch
+from pretrain.objectives.batch import AnyBatch
 from pretrain.train import Run
 
 HELD = 16  # steps of samples that the bare loop keeps in memory, and goes through again
@@ -56,7 +56,7 @@ def bare_steps(run: Run, losses: list[float] | None = None) -> Iterator[float]:
         started = time.perf_counter()
 
 
-def _held(run: Run) -> Iterator[tuple[list[Batch], float]]:
+def _held(run: Run) -> Iterator[tuple[list[AnyBatch], float]]:
     """Micro-batches and the count of targets of the first steps."""
     micro = run.config.batch.micro_size
     source = prefetch(run.sources.train, run.plan.steps_from(0), 0, 1, 2)

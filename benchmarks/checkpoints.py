@@ -81,7 +81,7 @@ def _copy(parts: list[Tensor], copies: list[Tensor]) -> None:
 def _write(parts: list[Tensor], path: Path) -> None:
     with path.open("wb", buffering=0) as stream:
         for part in parts:
-            data = memoryview(part.numpy()).cast("B")
+            data = memoryview(part.numpy()).cast("B")  # type: ignore[arg-type]
             for start in range(0, len(data), PIECE):
                 stream.write(data[start : start + PIECE])
         os.fsync(stream.fileno())
@@ -90,7 +90,7 @@ def _write(parts: list[Tensor], path: Path) -> None:
 
 def _save(run: Run, saver: Saver) -> Times:
     """A save as training does it, and its times; the checkpoint is removed."""
-    about = runs.about(run.grid, run.sources.fingerprint, run.built.kernels)
+    about = runs.about(run.grid, run.sources.fingerprint, run.built.kernels, run.start.digest)
     order = Order(run.state, about, 1, lambda step: False, lambda: None)
     stall = _slowest(run.grid, lambda: saver.save(order, run.engine))
     rest = _slowest(run.grid, saver.wait)

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value, of both")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     results: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(1, args.seeds + 1):
@@ -158,6 +158,7 @@ def main() -> None:
                 theirs(config, task, train.samples, held_out, seed, Path(name) / f"theirs-{seed}")
             )
             print(json.dumps({side: found[-1] for side, found in results.items()}), flush=True)
+    assert task.metric is not None
     for side, found in results.items():
         for metric in (task.metric, "examples_per_second"):
             values = [one[metric] for one in found]

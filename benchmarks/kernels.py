@@ -16,6 +16,7 @@ On a GPU times are medians of CUDA events; `--small` takes sizes that a CPU, Tri
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -90,7 +91,9 @@ def _clocks(device: torch.device) -> dict[str, int]:
 
 
 def _attention(device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    lengths, sizes, tokens, features = ((512, 1024, 2048, 4096, 8192, 16384), (64, 128), 16384, FEATURES)
+    lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192, 16384)
+    sizes: Sequence[int] = (64, 128)
+    tokens, features = 16384, FEATURES
     if args.small:
         lengths, sizes, tokens, features = (64,), (16,), 128, 32
     for size in sizes:
@@ -114,17 +117,17 @@ def _one_attention(
     runs: dict[str, Callable[[], Tensor]] = {}
     for name in BACKENDS:
         if not refusal(name, call, device, dtype) and not (name == "torch" and length > 4096):  # which holds all scores
-            runs[name] = lambda name=name: attend(name, *leaves, **options)  # type: ignore[misc]
+            runs[name] = functools.partial(attend, name, *leaves, **options)
     if device.type == "cuda" and mask != "dropout":
         runs["flex"] = _flex(leaves, mask, options)
     products = 4 * size * heads * batch * _pairs(mask, length)
-    for name, (forward, both) in _in_turn(runs, leaves, grad, device, rounds).items():
-        row = {"mask": mask, "batch": batch, "length": length, "heads": heads, "size": size, "backend": name}
+    for measured, (forward, both) in _in_turn(runs, leaves, grad, device, rounds).items():
+        row = {"mask": mask, "batch": batch, "length": length, "heads": heads, "size": size, "backend": measured}
         row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * (both - forward)}
         row["forward_tflops"] = products / forward / 1e12
         row["backward_tflops"] = BACKWARD * products / max(both - forward, 1e-9) / 1e12
         print(
-            f"{mask:10} {batch:3} x {length:5} {heads:2} x {size:3} {name:7} forward {row['forward_ms']:9.3f} ms "
+            f"{mask:10} {batch:3} x {length:5} {heads:2} x {size:3} {measured:7} forward {row['forward_ms']:9.3f} ms "
             f"{row['forward_tflops']:6.1f} TFLOP/s  backward {row['backward_ms']:9.3f} ms {row['backward_tflops']:6.1f}",
             flush=True,
         )
@@ -171,7 +174,9 @@ def _flex(leaves: list[Tensor], mask: str, options: dict[str, Any]) -> Callable[
     rows = None if documents is None else leaves[0].shape[0]
     blocks = None if mask == "full" else create_block_mask(seen, rows, None, length, length, device=leaves[0].device)
     compiled = torch.compile(flex_attention)
-    return lambda: compiled(*(x.transpose(1, 2) for x in leaves), block_mask=blocks).transpose(1, 2)
+    q, k, v = leaves
+    turned = lambda x: x.transpose(1, 2)  # noqa: E731
+    return lambda: turned(compiled(turned(q), turned(k), turned(v), block_mask=blocks))
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
@@ -285,10 +290,10 @@ def _operators(
         inputs = [made(*x), made(*x), made(width), made(width)]
         yield Operator(f"sum, dropout, layer {width}", added, inputs, 4 * size, 5 * size)
     length, heads, groups, head = tokens // 4, 32, 8, 128
-    angles = [x.to(device) for x in rotary_angles(torch.arange(length), head)]
+    cos, sin = (x.to(device) for x in rotary_angles(torch.arange(length), head))
 
     def turned(q: Tensor, k: Tensor, *, backend: Any) -> Any:
-        return rotary_pair(q, k, *angles, None, backend)
+        return rotary_pair(q, k, cos, sin, None, backend)
 
     size = 2 * tokens * (heads + groups) * head
     yield Operator("rotary", turned, [made(4, length, heads, head), made(4, length, groups, head)], size, size)

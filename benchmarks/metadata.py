@@ -208,8 +208,8 @@ class _Opened:
             self.paths.append(str(filename))
             return self.real(filename, *args, **options)
 
-        safetensors.safe_open = noting
+        safetensors.safe_open = noting  # type: ignore[assignment, misc]
         return self
 
     def __exit__(self, *error: object) -> None:
-        safetensors.safe_open = self.real
+        safetensors.safe_open = self.real  # type: ignore[misc]

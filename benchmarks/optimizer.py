@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels.adamw import AdamW
 
 HIDDEN, VOCABULARY, POSITIONS = 384, 16384, 256
-LAYER = [(HIDDEN,)] * 5 + [(3 * HIDDEN,), (4 * HIDDEN,)]
+LAYER: list[tuple[int, ...]] = [*[(HIDDEN,)] * 5, (3 * HIDDEN,), (4 * HIDDEN,)]
 LAYER += [(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN)]
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "17M in 78": [*LAYER * 6, (VOCABULARY, HIDDEN), (POSITIONS, HIDDEN), *[(HIDDEN,)] * 10],

@@ -189,8 +189,8 @@ def _print(result: dict[str, Any]) -> None:
             cells = (f"{statistics.median(v):,.0f} M tokens/s ({min(v):,.0f} to {max(v):,.0f})" for v in values)
             print(f"  {variant:<26}" + "".join(f"{cell:>34}" for cell in cells))
         for name in found[METERS[0]]["ratios"]:
-            values = (found[meter]["ratios"][name] for meter in METERS)
-            cells = (f"{ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in values)
+            told = (found[meter]["ratios"][name] for meter in METERS)
+            cells = (f"{ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in told)
             print(f"  {name:<26}" + "".join(f"{cell:>34}" for cell in cells))
 
 

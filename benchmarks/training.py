@@ -1,10 +1,12 @@
-"""Training speed of the whole engine on one CPU process, against a plain PyTorch loop of the same GPT.
+"""Training speed of the whole engine on one CPU process, against a plain PyTorch loop of the same model.
 
-    python benchmarks/training.py [--rounds 6] [--steps 8] [--json FILE]
+    python benchmarks/training.py [--model gpt|bert|encoder-decoder] [--rounds 6] [--steps 8] [--json FILE]
 
 Three processes: the engine, with its stream of hashed shards, DeepSpeed's ZeRO, metrics and TensorBoard (everything
-but validation and checkpoints, which the plain loop has not); and benchmarks/plain.py, once in fp32 without
-compilation, once compiled. All stay alive and are told in turn to run some steps, so that nothing else runs meanwhile
+but validation and checkpoints, which the plain loop has not); and a plain loop, once in fp32 without compilation, once
+compiled. The plain loop's GPT is nanoGPT's (benchmarks/plain.py); its BERT-mini (masked tokens and sentence pairs, 32 x
+128) and its encoder-decoder (the 2017 base, 4 x 128 tokens read and 128 predicted) are transformers' own modules
+(benchmarks/theirs.py). All stay alive and are told in turn to run some steps, so that nothing else runs meanwhile
 and slow phases of the machine meet all alike. What is claimed is the median over the rounds of the ratio within a
 round; the range is told beside it.
 
@@ -49,6 +51,7 @@ def main() -> int:
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", choices=("gpt", "bert", "encoder-decoder"), default="gpt", help="(default: gpt)")
     parser.add_argument("--rounds", type=int, default=6, help="measurements of each (default: 6)")
     parser.add_argument("--steps", type=int, default=8, help="steps a measurement (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
@@ -75,6 +78,7 @@ class Worker:
             f"--folder={args.folder}",
             f"--shards={args.shards}",
             f"--compute={args.compute}",
+            f"--model={args.model}",
         ]
         command = [sys.executable, __file__, *options, *args.overrides]
         environment = {
@@ -126,7 +130,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         for worker in workers:
             worker.close()
     sampled = f"after 3 steps of each, {args.rounds} rounds of {args.steps} steps in turn"
-    machine = about("training", ("torch", "deepspeed", "megatron-core", "numpy"), args.threads, sampled)
+    machine = {"model": args.model} | about(
+        "training", ("torch", "deepspeed", "megatron-core", "numpy"), args.threads, sampled
+    )
     found = ratios(rounds, "engine", VARIANTS[1:])
     return {"started": started, **machine, "last": last, "tokens_per_second": rounds, "ratios": found}
 
@@ -169,11 +175,25 @@ def _reply(replies: Any, started: float, tokens: int, loss: float, compute: str)
 
 
 def _plain(args: argparse.Namespace, replies: Any, compiled: bool) -> None:
-    import numpy as np
     import torch
-    from plain import Shape, steps
 
     from pretrain.build import computes_in_bf16
+
+    bf16 = compiled and (args.compute == "bf16" or (args.compute == "auto" and computes_in_bf16(torch.device("cpu"))))
+    training, tokens = (_nano if args.model == "gpt" else _transformers)(args, bf16, compiled)
+    loss = float("nan")
+    for line in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(int(line)):
+            loss = new if (new := next(training)) is not None else loss
+        _reply(replies, started, int(line) * tokens, loss, "bf16" if bf16 else "fp32")
+
+
+def _nano(args: argparse.Namespace, bf16: bool, compiled: bool) -> tuple[Iterator[float | None], int]:
+    """The loop, and the tokens of a step."""
+    import numpy as np
+    from plain import Shape, steps
+
     from pretrain.data.stream import Stream
 
     stream, shape = Stream([args.shards / "train"], Shape().tokens, seed=1), Shape()
@@ -181,17 +201,23 @@ def _plain(args: argparse.Namespace, replies: Any, compiled: bool) -> None:
     file = args.folder / f"{args.worker}.bin"  # a million of the engine's own tokens
     rows = stream.read(np.arange(min(4096, stream.samples_per_epoch)))
     rows[:, :-1].astype(np.uint16).tofile(file)
-    bf16 = compiled and (args.compute == "bf16" or (args.compute == "auto" and computes_in_bf16(torch.device("cpu"))))
-    training, loss = steps(file, shape, bf16, compiled), float("nan")
-    for line in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(int(line)):
-            loss = new if (new := next(training)) is not None else loss
-        _reply(replies, started, int(line) * shape.batch * shape.tokens, loss, "bf16" if bf16 else "fp32")
+    return steps(file, shape, bf16, compiled), shape.batch * shape.tokens
+
+
+def _transformers(args: argparse.Namespace, bf16: bool, compiled: bool) -> tuple[Iterator[float | None], int]:
+    """The loop, and the tokens of a step."""
+    from theirs import steps
+
+    from pretrain.runs import open_config
+
+    path = args.folder / f"{args.worker}.yaml"
+    path.write_text(_config(args))
+    config = open_config(str(path), args.overrides, 1)
+    return steps(config, bf16, compiled), config.batch.size * config.data.seq_length
 
 
 def _engine(args: argparse.Namespace, replies: Any) -> None:
-    from plain import Shape
+    import torch
 
     from parallel.grid import start_grid
     from parallel.layout import Layout
@@ -201,9 +227,10 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
     from pretrain.interrupt import Interrupt
     from pretrain.report import Reporter
     from pretrain.runs import open_config
+    from pretrain.session import facts_of
 
     path = args.folder / "engine.yaml"
-    path.write_text(_config(args, Shape()))
+    path.write_text(_config(args))
     config = open_config(str(path), args.overrides, 1)
     sources = Sources.open(config)
     grid = start_grid(Layout.of(config.parallel, 1), 60)
@@ -226,22 +253,43 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
         def log(self, data: train.StepData, loss: Any, update: Any) -> None:
             super().log(data, loss, update)
             if self.due(config.monitor.log_every):
-                self.loss = loss.item() / data.targets
+                self.loss = sum(loss.cpu() / torch.tensor(data.targets)).item()
 
     run = Paced(config, grid, sources, Interrupt())
     train.runs.claim_folder(config, grid, sources)
-    with Reporter(config, grid, run.facts()) as run.reporter:
+    with Reporter(config, grid, facts_of(run)) as run.reporter:
         run.resume()
         train.train(run)
 
 
-def _config(args: argparse.Namespace, shape: Any) -> str:
+MODELS = {
+    "gpt": """
+model: {num_layers: 6, hidden_size: 384, num_heads: 6, positions: learned, norm: layer, activation: gelu-tanh, biases: false}
+data: {seq_length: 256}
+batch: {size: 16, micro_size: 16}
+""",
+    "bert": """
+model: {kind: bert, num_layers: 4, hidden_size: 256, num_heads: 4, norm_position: post, norm_epsilon: 1.0e-12, dropout: 0.1}
+objective: {kind: masked, pairs: next}
+data: {seq_length: 128}
+batch: {size: 32, micro_size: 32}
+""",
+    "encoder-decoder": """
+model: {kind: encoder-decoder, num_layers: 6, hidden_size: 512, num_heads: 8, ffn_hidden_size: 2048, activation: relu,
+        positions: sinusoidal, norm_position: post, scale_embeddings: true, dropout: 0.1, attention_dropout: 0.0,
+        initial_scale: 0.0442, scale_initial_by_depth: false}
+objective: {kind: prefix, prefix_share: 0.5}
+data: {seq_length: 256}
+batch: {size: 4, micro_size: 4}
+""",
+}
+
+
+def _config(args: argparse.Namespace) -> str:
+    train = f"data: {{train: {json.dumps(str(args.shards / 'train'))}, "
     return f"""
 version: 1
-model: {{num_layers: {shape.layers}, hidden_size: {shape.hidden}, num_heads: {shape.heads}, positions: learned, norm: layer,
-        activation: gelu-tanh, biases: false, tie_embeddings: true}}
-data: {{train: {json.dumps(str(args.shards / "train"))}, seq_length: {shape.tokens}}}
-batch: {{size: {shape.batch}, micro_size: {shape.batch}}}
+{MODELS[args.model].replace("data: {", train)}
 optimizer: {{learning_rate: 1.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_norm: 1.0}}
 schedule: {{kind: constant, total: 100000 steps}}
 precision: {{compute: {args.compute}}}
