@@ -1,4 +1,8 @@
-"""Start runs: `python -m launch local CONFIG --processes N`. Never imports torch: the ranks it starts do."""
+"""Start runs: `python -m launch local CONFIG --processes N`. Never imports torch: the ranks it starts do.
+
+Each command is a module that adds its parser and runs. They import what they need when they run, so that --help is there
+at once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pretrain.config.profile import add_profile_option
+from launch import local
 from pretrain.errors import UserError
 
-EXAMPLE = "python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2 parallel.pipeline=2"
+COMMANDS = (local,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message and gives 2."""
     args = parse(argv)
-    from launch.local import run
-
     try:
-        return run(args.config, args.overrides, args.processes, args.dry_run, args.profile)
+        return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -28,38 +30,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments; a mistake among them exits 2. argparse cannot take overrides both before and after the
-    options, so they are what it leaves."""
-    top, local = _parsers()
-    args, rest = top.parse_known_args(argv)
-    args.overrides = rest
+    """The command's arguments; a mistake among them exits 2. The overrides are what argparse leaves."""
+    args, rest = parser().parse_known_args(argv)
     for word in rest:
+        if not hasattr(args, "overrides"):
+            args.error(f"{word!r} is no option")
         if word.startswith("-") or "=" not in word:
-            local.error(f"{word!r} is no option and no section.key=value")
+            args.error(f"{word!r} is no option and no section.key=value")
+    if rest:
+        args.overrides = rest
     return args
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The whole parser, and that of `local`."""
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     top = argparse.ArgumentParser(
         prog="python -m launch",
         description="Start training runs on several processes.",
-        epilog="example: python -m launch local configs/gpt/demo.yaml --processes 4 parallel.tensor=2",
+        epilog=f"example: {local.EXAMPLE}",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    local = commands.add_parser(
-        "local",
-        help="processes on this machine",
-        description="Train on processes of this machine. Rank 0 writes here, the others to RUN/logs/rank-N.log. "
-        "Ctrl-C saves and ends; the same command goes on.",
-        usage="python -m launch local CONFIG --processes N [--dry-run] [--profile [N]] [section.key=value ...]",
-        epilog=f"example: {EXAMPLE}",
-    )
-    local.add_argument("config", metavar="CONFIG", help="a YAML file, or a run's folder to go on with")
-    local.add_argument("--processes", type=int, required=True, metavar="N", help="how many: tensor x pipeline x data")
-    local.add_argument("--dry-run", action="store_true", help="check everything, show the commands, start nothing")
-    add_profile_option(local)
-    return top, local
+    for module in COMMANDS:
+        command = module.add_parser(commands)
+        command.set_defaults(run=module.run, error=command.error)
+    return top
 
 
 if __name__ == "__main__":

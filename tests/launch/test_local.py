@@ -20,10 +20,10 @@ from tests.distributed import run_python, start_python
 SUPERVISE = """
 import sys
 from pathlib import Path
-from launch import local
-local.GRACE_SECONDS = 1.0
-environments = local._environments(int(sys.argv[1]))
-sys.exit(local.Ranks([sys.executable, "rank.py"], environments, Path("logs")).wait())
+from launch import local, ranks
+ranks.GRACE_SECONDS = 1.0
+environments = local.environments_of(int(sys.argv[1]))
+sys.exit(ranks.Ranks([sys.executable, "rank.py"], environments, Path("logs")).wait())
 """
 
 WAITS = """
