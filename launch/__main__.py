@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import local
-from pretrain.errors import UserError
+from pretrain.errors import Exit, UserError
 
 COMMANDS = (local,)
 
@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return Exit.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.config.folder import BEFORE_THE_RUN, CONFIG
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:  # imported when a command runs, so that --help is there at once
@@ -30,7 +31,7 @@ def open_config(source: str, overrides: list[str], processes: int) -> Config:
 
     path = Path(source)
     if path.is_dir():
-        config = load_config(path / "config.yaml", [f"run.dir={json.dumps(str(path))}", *overrides])
+        config = load_config(path / CONFIG, [f"run.dir={json.dumps(str(path))}", *overrides])
     else:
         config = load_config(path, overrides)
     if config.model.initial is None:  # else its shape is not known here, and the ranks check
@@ -41,7 +42,7 @@ def open_config(source: str, overrides: list[str], processes: int) -> Config:
 
 def check_folder(folder: Path) -> None:
     """The ranks check this too; but logs/ must not be made in a folder that is somebody else's."""
-    if not folder.exists() or (folder / "config.yaml").is_file():
+    if not folder.exists() or (folder / CONFIG).is_file():
         return
-    if not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.name not in BEFORE_THE_RUN for path in folder.iterdir()):
         raise UserError(f"run.dir: {folder} holds files but is no run's folder; choose an empty or a new one")

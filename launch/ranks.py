@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from pretrain.errors import UserError
+from pretrain.errors import Exit, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # from a rank's failure to the end of the others
-SAVED_GRACE_SECONDS = 30.0  # after a Ctrl-C: rank 0 still closes its files when others have gone
+SAVED_GRACE_SECONDS = 30.0  # after a wish to stop: rank 0 still closes its files when others have gone
 LOG_LINES = 15
-GAVE_UP = 3  # exit code of a rank whose peers died or did not answer (pretrain/heartbeat.py)
 PR_SET_PDEATHSIG = 1
 
 
@@ -81,7 +80,8 @@ class Ranks:
                     rank.process.wait()
 
     def _start(self) -> None:
-        for number, environment in enumerate(self.environments):
+        for environment in self.environments:
+            number = int(environment["RANK"])
             log = self._log(number) if number else None
             with open(log or os.devnull, "wb") as file:
                 process = subprocess.Popen(
@@ -113,16 +113,20 @@ class Ranks:
             self._pass_on()
             first = first or self._failed()
             if first is not None and deadline == float("inf"):
-                deadline = time.monotonic() + (SAVED_GRACE_SECONDS if self.asked else GRACE_SECONDS)
+                deadline = time.monotonic() + self._grace(first)
             if first is not None and all(rank.stopped for rank in self._running()):
                 break
             time.sleep(POLL_SECONDS)
-        if first is None or first.process.returncode == GAVE_UP:  # which says that another was first
+        if first is None or first.process.returncode == Exit.PARTED:  # which says that another was first
             first = self._failed()
         if first is None:
             return 0
         self._tell(first)
         return _exit_code(first)
+
+    def _grace(self, first: Rank) -> float:
+        saved = self.asked or first.process.returncode == Exit.STOPPED
+        return SAVED_GRACE_SECONDS if saved else GRACE_SECONDS
 
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.process.poll() is None]
@@ -133,11 +137,12 @@ class Ranks:
         return min(failed, key=lambda rank: rank.process.returncode, default=None)
 
     def _tell(self, first: Rank) -> None:
-        """Which rank failed, how, and its last words; nothing where all ended alike, since rank 0 has told it."""
+        """Which rank failed, how, and its last words; nothing where all ended alike and rank 0, which told it, is ours."""
         code = first.process.returncode
-        if all(rank.process.returncode == code for rank in self.ranks) and code > 0:
+        alike = all(rank.process.returncode == code for rank in self.ranks)
+        if alike and code > 0 and self.ranks[0].number == 0:
             return
-        if code == GAVE_UP:
+        if code == Exit.PARTED:
             how = "gave up waiting for another"
         else:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -148,10 +153,10 @@ class Ranks:
             + _named("; ended, since stopped (by SIGSTOP or a debugger)", [rank for rank in left if rank.stopped])
             + _named("; the ranks that waited for it are ended", [rank for rank in left if not rank.stopped])
         )
-        gave_up = [rank for rank in self.ranks if rank.process.returncode == GAVE_UP and rank.log is not None]
+        gave_up = [rank for rank in self.ranks if rank.process.returncode == Exit.PARTED and rank.log is not None]
         if code < 0 and gave_up:  # the others know what it was doing
             self._quote(gave_up[0], 1)
-        if not self.asked and code != 2:  # 2: a mistake that would only come again
+        if not self.asked and code != Exit.MISTAKE:
             say("the same command goes on from the last checkpoint, if there is one")
 
     def _quote(self, rank: Rank, count: int) -> None:
@@ -160,12 +165,13 @@ class Ranks:
 
     @contextmanager
     def _passing_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
         try:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        finally:  # nothing is left to stop: who ends the other nodes of a run must not spoil this one's exit code
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.commands import interchange, training, using
-from pretrain.errors import UserError
+from pretrain.errors import Exit, UserError
 
 OURS = ("kernels", "parallel", "launch")
 
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that has left is no error; not when Python exits
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return Exit.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, list_steps, read_weight, weight_shapes
+from pretrain.config.folder import CHECKPOINTS, CONFIG
 from pretrain.config.load import dump_config
 from pretrain.data.folder import whole_folder
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import LABELS
 from pretrain.huggingface.tensors import Planned
 from pretrain.loading import find_checkpoint
-from pretrain.runs import CHECKPOINTS, CONFIG, keep_tokenizer, run_config, run_tokenizer
+from pretrain.runs import keep_tokenizer, run_config, run_tokenizer
 from pretrain.tokenization.foreign import FILES
 from pretrain.weights import write_weights
 

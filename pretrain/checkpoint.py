@@ -23,6 +23,7 @@ from parallel.boxes import local_boxes, row_length, wanted_rows
 from parallel.engine import MOMENTS, Engine
 from parallel.grid import Grid
 from parallel.logical import Piece
+from pretrain.config.folder import CHECKPOINTS
 from pretrain.errors import UserError
 from pretrain.opening import Checkpoint, State, folder_of, open_checkpoint
 from pretrain.storage import Wanted, read_boxes, tensor_name
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def list_steps(run: Path) -> list[int]:
     """Steps of the checkpoints in place, oldest first."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     names = (_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
     return sorted(int(match.group(1)) for match in names if match)
 

@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-EXIT_CODE = 3
+from pretrain.errors import Exit
+
 BEAT = 1.0  # seconds
 LOOK = 2.2 * BEAT  # seconds in which a living rank beats twice
 ANSWER = 2.0  # seconds more that the store may take
@@ -190,7 +191,7 @@ class Heartbeat:
         print(f"{name}: {self.now.place}: {how} the others{where}: {finding}", file=sys.stderr, flush=True)
         if self.rank == 0 and self.world > 2:
             time.sleep(1.5 * BEAT)  # the store ends with us: let the others read the finding
-        os._exit(EXIT_CODE)
+        os._exit(Exit.PARTED)
 
 
 def first_to_part(before: Sequence[Beat | None], after: Sequence[Beat | None]) -> str:

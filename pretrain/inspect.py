@@ -9,13 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.config.folder import CONFIG
 from pretrain.data import manifest as manifests
 from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import run_labels, task_of
 from pretrain.metrics import read_metrics
-from pretrain.runs import CONFIG, run_config, run_tokenizer
+from pretrain.runs import run_config, run_tokenizer
 from pretrain.sizes import Sizes, parameters_of
 from pretrain.vocabulary import vocabulary_of
 

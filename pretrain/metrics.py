@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAME = "metrics.jsonl"
+from pretrain.config.folder import METRICS
 
 
 class Metrics:
@@ -17,7 +17,7 @@ class Metrics:
     killed process left unfinished, are removed first."""
 
     def __init__(self, run: Path, step: int) -> None:
-        path = run / NAME
+        path = run / METRICS
         if path.exists():
             _cut_back(path, step)
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
@@ -43,7 +43,7 @@ def finite(fields: dict[str, Any]) -> dict[str, Any]:
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a run's metrics, oldest first."""
     try:
-        with open(run / NAME, encoding="utf-8", errors="replace") as file:
+        with open(run / METRICS, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     fields = json.loads(line)
@@ -56,7 +56,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    partial = path.with_name(f".{NAME}.partial")
+    partial = path.with_name(f".{METRICS}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for fields in read_metrics(path.parent):
             if step and fields["step"] <= step:  # a run at step 0 says again what it is

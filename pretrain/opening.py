@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.folder import CHECKPOINTS
 from pretrain.errors import UserError
 from pretrain.storage import Entry
 
@@ -63,7 +64,7 @@ class Checkpoint:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:

@@ -21,6 +21,7 @@ import torch
 from parallel.grid import Grid
 from pretrain.board import Board
 from pretrain.checkpoint import State
+from pretrain.config.folder import SUMMARY
 from pretrain.config.run import Config
 from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops
 from pretrain.metrics import Metrics, finite
@@ -29,8 +30,6 @@ from pretrain.saving import Saved
 from pretrain.schedule import Plan
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
-
-SUMMARY = "summary.json"
 
 
 class Facts(NamedTuple):

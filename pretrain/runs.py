@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.folder import BEFORE_THE_RUN, CHECKPOINTS, CONFIG
 from pretrain.config.load import dump_config, fitting_problems, load_config, problem_error, resume_problems
 from pretrain.config.run import Config
 from pretrain.errors import UserError
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
     from pretrain.data.sources import Sources
     from pretrain.tokenization.base import Tokenizer
 
-CONFIG = "config.yaml"
 IMPORTED = "initial"  # inside a run's folder: the model of Hugging Face's that it started from
-CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
@@ -62,8 +61,8 @@ def _foreign(folder: Path) -> bool:
     has_tokenizer = any((folder / name).is_file() for name in FILES)
     if (folder / CONFIG).is_file() and (has_tokenizer or (folder / CHECKPOINTS).is_dir()):
         return False
-    # The launcher opens logs/ before the run begins, and one that was killed as it began has left no more than the rest.
-    ours = {"logs", IMPORTED, LABELS, *FILES, *(_partial(folder / name).name for name in (*FILES, CONFIG))}
+    # The launcher makes some before the run begins, and one that was killed as it began has left no more than the rest.
+    ours = {*BEFORE_THE_RUN, IMPORTED, LABELS, *FILES, *(_partial(folder / name).name for name in (*FILES, CONFIG))}
     return any(path.name not in ours for path in folder.iterdir())
 
 

@@ -32,6 +32,7 @@ from parallel.boxes import Box, HostMemory, held_boxes
 from parallel.engine import Engine
 from parallel.grid import Grid
 from pretrain.checkpoint import list_steps
+from pretrain.config.folder import CHECKPOINTS
 from pretrain.opening import FORMAT, MANIFEST, State, folder_of
 from pretrain.storage import Written, write_boxes
 
@@ -223,7 +224,7 @@ def prune(run: Path, step: int, keep_last: int, keep: Callable[[int], bool]) -> 
     Later ones were damaged, or the run would have gone on from them: as they count for the newest, they must go. So does
     what a killed process left half written or half removed.
     """
-    for left in (run / "checkpoints").glob(".step-*.partial"):
+    for left in (run / CHECKPOINTS).glob(".step-*.partial"):
         shutil.rmtree(left)
     steps = list_steps(run)
     last = [known for known in steps if known <= step][-keep_last:]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
+from pathlib import Path
 
 from parallel.grid import start_grid, stop_grid
 from parallel.layout import Layout, rank_and_world
 from pretrain import agreement
 from pretrain.build import choose_precision, stage_layers
+from pretrain.config.folder import STOP
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
+from pretrain.errors import Exit
 from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
 from pretrain.profile import Profile
@@ -33,8 +35,9 @@ def main(config: Config, sources: Sources, profile: int | None = None) -> int:
 
 
 def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat) -> int:
-    layout = Layout.of(config.parallel, rank_and_world()[1])
-    interrupt = Interrupt.watch()
+    rank, world = rank_and_world()
+    layout = Layout.of(config.parallel, world)
+    interrupt = Interrupt.watch(None if rank else Path(config.run.dir) / STOP)
     grid = start_grid(layout, config.parallel.timeout)
     heartbeat.start()
     agreement.check(config, sources, grid, {"--profile": str(profile)})
@@ -52,10 +55,17 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
         (run.reporter.over if over else run.reporter.end)(run.state, reason)
         if unmeasured := run.profile.close():
             run.reporter.warn(unmeasured)
+    grid.wait()  # rank 0 still wrote: who sees a rank end with a code of its own ends the others
+    interrupt.ignore()
     stop_grid()
-    # Where another rank was asked to stop, this one says so too: no launcher may take the run for finished.
-    asked = interrupt.exit_code or (128 + signal.SIGTERM if config.run.stop_at is None else 0)
-    return {"diverged": 1, "stopped": asked}.get(reason, 0)
+    return exit_code(reason, run.share_reached)
+
+
+def exit_code(reason: str, share_reached: bool) -> Exit:
+    """The same on every rank, whichever was asked to stop: no launcher may take the run for finished."""
+    if reason == "stopped" and not share_reached:
+        return Exit.STOPPED
+    return Exit.DIVERGED if reason == "diverged" else Exit.FINISHED
 
 
 def facts_of(run: Run) -> Facts:

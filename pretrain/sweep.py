@@ -30,7 +30,7 @@ from pretrain.config import yaml
 from pretrain.config.load import load_config
 from pretrain.config.run import Config
 from pretrain.data.order import key
-from pretrain.errors import UserError
+from pretrain.errors import Exit, UserError
 from pretrain.results import Metric, floor_of, of_several, write_result
 
 WEIGHTS, ORDER = "run.seed", "data.seed"
@@ -155,7 +155,7 @@ class Sweep:
         command += [f"run.dir={trial.folder / 'run'}", *stop]
         with open(trial.folder / "log.txt", "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
-        if code not in (0, 1):  # 1: it diverged, which is a score too
+        if code not in (Exit.FINISHED, Exit.DIVERGED):  # the latter is a score too
             tail = (trial.folder / "log.txt").read_text(errors="replace").splitlines()[-12:]
             raise UserError("\n".join([f"a trial ended with code {code} ({trial.folder / 'log.txt'}):", *tail]))
 

@@ -323,9 +323,13 @@ class Run:
             return "early-stop"
         if self.at_end:
             return "finished"
+        return "stopped" if stop or self.share_reached else ""
+
+    @property
+    def share_reached(self) -> bool:
+        """Whether the session is to end at this share of the schedule."""
         share = self.config.run.stop_share
-        reached = share is not None and state.step >= math.ceil(share * self.plan.total_steps)
-        return "stopped" if stop or reached else ""
+        return share is not None and self.state.step >= math.ceil(share * self.plan.total_steps)
 
     def save(self) -> None:
         """Begin to save; what is in flight is saved first."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pretrain.config.folder import CONFIG
 from pretrain.config.run import Config
 from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
@@ -15,7 +16,7 @@ from pretrain.finetuning.examples import Examples, ExampleStream
 from pretrain.finetuning.opening import open_examples
 from pretrain.finetuning.tasks import Task
 from pretrain.inherit import initial_tokenizer
-from pretrain.runs import CONFIG, run_tokenizer
+from pretrain.runs import run_tokenizer
 from pretrain.schedule import segments
 from pretrain.sizes import Sizes
 from pretrain.tokenization.base import Tokenizer

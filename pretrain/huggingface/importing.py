@@ -17,6 +17,7 @@ import torch
 
 from parallel.layers import Parts
 from parallel.logical import logical_tensors
+from pretrain.config.folder import CHECKPOINTS, CONFIG
 from pretrain.config.load import checked_config, dump_config
 from pretrain.config.objective import TASKS, ObjectiveConfig
 from pretrain.config.run import Config
@@ -30,7 +31,7 @@ from pretrain.huggingface.forms import Shape, fixed_shape, fixed_values, joined_
 from pretrain.huggingface.rows import Fixed, Row, names_of
 from pretrain.huggingface.tensors import Planned, Weights, read_limited
 from pretrain.models.make import make_model
-from pretrain.runs import CHECKPOINTS, CONFIG, keep_tokenizer
+from pretrain.runs import keep_tokenizer
 from pretrain.sizes import Sizes
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer

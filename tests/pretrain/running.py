@@ -299,15 +299,21 @@ def kill_in_removal() -> None:
 
 def signal_in_step(count: int, *numbers: int) -> None:
     """Send this process the signals, one after the other, in the middle of its count-th step."""
-    from parallel.replicated import PlainEngine
-    from parallel.sharded import DeepSpeedEngine
 
-    def send(*_: Any) -> None:
+    def send() -> None:
         for number in numbers:
             os.kill(os.getpid(), number)
 
+    at_step(count, send)
+
+
+def at_step(count: int, action: Callable[[], None]) -> None:
+    """Call it in the middle of this process's count-th step."""
+    from parallel.replicated import PlainEngine
+    from parallel.sharded import DeepSpeedEngine
+
     for engine in (PlainEngine, DeepSpeedEngine):
-        _on_call(engine, "step", count, send)
+        _on_call(engine, "step", count, lambda *_: action())
 
 
 def poison_steps(first: int, count: int, value: float) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from launch import local
 from pretrain import heartbeat
 from pretrain.heartbeat import Beat, Heartbeat, first_to_part
 from tests.distributed import RankError, run_ranks
@@ -255,10 +254,6 @@ def test_one_process_has_no_watch() -> None:
 def test_an_error_that_is_no_lost_rank_is_left_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="shape"), Heartbeat(0, 2, 1.0):
         raise RuntimeError("shape mismatch")
-
-
-def test_the_launcher_knows_the_exit_code() -> None:
-    assert local.GAVE_UP == heartbeat.EXIT_CODE
 
 
 # -- who was first ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.errors import Exit
 from tests.distributed import run_python
 from tests.pretrain import running
 from tests.pretrain.running import assert_refused, assert_same_run, command, train
@@ -226,6 +227,6 @@ def test_a_run_that_is_stopped_meanwhile_saves_and_says_that_nothing_was_measure
     tmp_path: Path, tiny_data: Path
 ) -> None:
     ran = train(tmp_path, tiny_data, "--profile", fault=stop_in_step_5)
-    assert ran.code == 143 and "stopped after step 5, which is saved" in ran.out, ran.told
+    assert ran.code == Exit.STOPPED and "stopped after step 5, which is saved" in ran.out, ran.told
     assert "warning: --profile: nothing was measured, the run was over before 8 steps were done" in ran.out
     assert 5 in running.steps_of(tmp_path / "run")

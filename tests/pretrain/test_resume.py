@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.errors import Exit
 from tests.distributed import run_python, start_python
 from tests.pretrain import running
 from tests.pretrain.running import Fault, assert_same_run, train, train_killed
@@ -95,7 +96,7 @@ def test_a_run_killed_on_one_rank_and_stopped_on_two_has_the_same_batches(tmp_pa
     train_killed(tmp_path, tiny_data, *options, "batch.micro_size=1", fault=partial(running.kill_in_step, 5))
     stop = partial(running.signal_in_step, 3, signal.SIGTERM)
     ran = train(tmp_path, tiny_data, *options, "batch.micro_size=1", world=2, fault=stop)
-    assert ran.code == 143 and running.steps_of(tmp_path / "run") == [6, 8], ran.told
+    assert ran.code == Exit.STOPPED and running.steps_of(tmp_path / "run") == [6, 8], ran.told
     assert train(tmp_path, tiny_data, *options, "batch.micro_size=1").code == 0
     ours, theirs = (running.numbers_of(run) for run in (tmp_path / "run", uninterrupted(tiny_data, *options)))
     assert [line.get("batch_hash") for line in ours] == [line.get("batch_hash") for line in theirs]

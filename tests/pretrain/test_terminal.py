@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.errors import Exit
 from pretrain.report import short
 from pretrain.terminal import clock
 from tests.distributed import REPOSITORY, die_with_parent
@@ -145,7 +146,7 @@ def test_ctrl_c_on_a_terminal_saves_and_leaves_it_clean(tmp_path: Path, tiny_dat
     session.read_until("tokens/s")
     session.press(b"\x03")
     code, raw = session.end()
-    assert code == 130, raw
+    assert code == Exit.STOPPED, raw
     screen = Screen(raw)
     shown = [line.rstrip() for line in screen.lines if line.strip()]
     assert screen.cursor_shown and "Traceback" not in raw

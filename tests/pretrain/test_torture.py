@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.errors import Exit
 from tests.pretrain.deaths import ANY_TIME, KINDS, draw, processes
 from tests.pretrain.kills import Death, Spot, arm
 from tests.pretrain.running import command, steps_of
@@ -37,7 +38,7 @@ def test_a_rank_that_was_not_asked_to_stop_ends_with_the_code_of_the_one_that_wa
     """A launcher that looks at rank 0 alone must not take the run for finished."""
     asked = Death("stopped", Spot("optimizer step", count=2), rank=1, number=signal.SIGTERM)
     ran = command("train", torture.config(tmp_path, "dp=2"), fault=partial(arm, tmp_path, asked), world=2)
-    assert ran.code == 143 and steps_of(tmp_path / "run") == [3], ran.told
+    assert ran.code == Exit.STOPPED and steps_of(tmp_path / "run") == [3], ran.told
 
 
 @pytest.mark.parametrize("first", [0, 5, 100])

@@ -10,19 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.errors import Exit
 from tests.distributed import start_python
 from tests.pretrain import running
 from tests.pretrain.running import train
 from tests.training import write_config
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def touch_in_step(count: int, stop: Path) -> None:
+    from pretrain import interrupt
+
+    interrupt.LOOK = 0.0
+    running.at_step(count, stop.touch)
+
+
+@pytest.mark.parametrize("wish", [signal.SIGINT, signal.SIGTERM, "the file"], ids=str)
 def test_asked_to_stop_it_saves_that_step_and_says_how_to_go_on(
-    tmp_path: Path, tiny_data: Path, number: int, code: int
+    tmp_path: Path, tiny_data: Path, wish: signal.Signals | str
 ) -> None:
     run = tmp_path / "run"
-    ran = train(tmp_path, tiny_data, fault=partial(running.signal_in_step, 5, number))
-    assert ran.code == code and "Traceback" not in ran.told, ran.told
+    by_file = partial(touch_in_step, 5, run / "stop")
+    fault = by_file if isinstance(wish, str) else partial(running.signal_in_step, 5, wish)
+    ran = train(tmp_path, tiny_data, fault=fault)
+    assert ran.code == Exit.STOPPED and "Traceback" not in ran.told, ran.told
     assert running.steps_of(run)[-1] == 5
     assert f"python -m pretrain train {run}" in ran.out and "stopped after step 5" in ran.out
     assert running.command("train", run).code == 0
@@ -48,7 +58,7 @@ def test_a_ctrl_c_from_outside_reaches_a_real_command(tmp_path: Path, tiny_data:
             told += line
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "", out + err
+    assert process.returncode == Exit.STOPPED and err == "", out + err
     [step] = running.steps_of(tmp_path / "run")
     assert f"stopped after step {step}, which is saved" in out
     assert [line["step"] for line in running.lines_of(tmp_path / "run") if "loss" in line] == list(range(1, step + 1))
@@ -88,7 +98,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_said_and_counted(
 def test_too_many_such_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Path) -> None:
     fault = partial(running.poison_steps, 6, 99, math.nan)
     ran = train(tmp_path, tiny_data, "run.max_bad_steps=3", fault=fault)
-    assert ran.code == 1 and "Traceback" not in ran.told, ran.told
+    assert ran.code == Exit.DIVERGED and "Traceback" not in ran.told, ran.told
     assert "stopped at step 8: 3 steps in a row had no finite gradient" in ran.out
     assert "optimizer.learning_rate" in ran.out
     import json
@@ -96,7 +106,7 @@ def test_too_many_such_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["reason"] == "diverged" and summary["step"] == 8 and summary["loss"] is None
     again = running.command("train", tmp_path / "run")
-    assert again.code == 1 and "stopped at step 8" in again.out, again.told
+    assert again.code == Exit.DIVERGED and "stopped at step 8" in again.out, again.told
 
 
 @pytest.mark.parametrize("zero", [0, 1])
@@ -105,7 +115,7 @@ def test_skipped_steps_are_counted_when_a_step_is_logged(tmp_path: Path, tiny_da
     options = (f"parallel.zero={zero}", "monitor.log_every=5 steps", "monitor.validate_every=null")
     rare = (*options, "checkpoint.every=100 steps", "run.max_bad_steps=3")
     ran = train(tmp_path, tiny_data, *rare, "batch.micro_size=1", fault=_poison_twice, world=1 + zero)
-    assert ran.code == 1 and "Traceback" not in ran.told, ran.told
+    assert ran.code == Exit.DIVERGED and "Traceback" not in ran.told, ran.told
     assert "step 5: no finite gradient norm, 2 of the last 5 steps are skipped (0 in a row" in ran.out
     assert "step 10: no finite gradient norm, 2 of the last 5 steps are skipped (2 in a row" in ran.out
     assert "stopped at step 12: 4 steps in a row had no finite gradient" in ran.out
@@ -121,7 +131,7 @@ def _poison_twice() -> None:
 def test_an_absurd_learning_rate_ends_with_a_message_and_not_with_a_traceback(tmp_path: Path, tiny_data: Path) -> None:
     options = ("optimizer.learning_rate=1e30", "run.max_bad_steps=2", "monitor.validate_every=1 steps")
     ran = train(tmp_path, tiny_data, *options, "monitor.tensorboard=true")
-    assert ran.code == 1 and "Traceback" not in ran.told, ran.told
+    assert ran.code == Exit.DIVERGED and "Traceback" not in ran.told, ran.told
     assert "2 steps in a row had no finite gradient" in ran.out
     best = running.manifest_of(tmp_path / "run", running.steps_of(tmp_path / "run")[-1])["state"]["best_loss"]
     assert math.isfinite(best) and running.lines_of(tmp_path / "run")
@@ -135,7 +145,7 @@ def test_it_stops_early_when_validation_does_not_improve(tmp_path: Path, tiny_da
     the two counts on."""
     options = ("monitor.validate_every=2 steps", "monitor.patience=2")
     stop = partial(_script_and_stop, (9.0, 8.0, 7.0, 7.0), 6)
-    assert train(tmp_path, tiny_data, *options, fault=stop).code == 143
+    assert train(tmp_path, tiny_data, *options, fault=stop).code == Exit.STOPPED
     ran = train(tmp_path, tiny_data, *options, fault=partial(running.script_validations, 7.5))
     assert ran.code == 0 and "stopped early at step 8" in ran.out, ran.told
     assert "7.0000 at step 4" in ran.out

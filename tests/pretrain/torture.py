@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.config.load import dump_config, load_config
+from pretrain.errors import Exit
 from tests.distributed import RankError
 from tests.matrix import write_shards
 from tests.pretrain import kills
@@ -155,7 +156,7 @@ class _Lives:
             if "was killed by signal 9" not in str(error):
                 raise
             return -9
-        assert "damaged" not in ran.told and ran.code in (0, 143), ran.told
+        assert "damaged" not in ran.told and ran.code in (0, Exit.STOPPED), ran.told
         return ran.code
 
     def _take_in(self, base: list[Step], steps: dict[int, Step]) -> None:
@@ -207,7 +208,7 @@ def _end_as_planned(life: Life, code: int) -> None:
     if life.death is None:
         assert code == 0, f"exit code {code} in the last life"
     elif life.death.kind != ANY_TIME or code != 0:  # at any time may be after the end
-        assert code == (-9 if life.death.number == signal.SIGKILL else 143), (
+        assert code == (-9 if life.death.number == signal.SIGKILL else Exit.STOPPED), (
             f"exit code {code}: did not die {life.death}"
         )
 
