@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch.attempts import recorded
 from launch.opening import add_run_options, open_config
+from pretrain.config.folder import LOGS
 from pretrain.config.profile import add_profile_option
 from pretrain.errors import UserError
 
@@ -49,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
     environments = environments_of(processes)
     layout = Layout.of(config.parallel, processes)
     if args.dry_run:
-        _show(command, environments, layout)
+        show(command, environments, layout)
         return 0
-    threads, logs = environments[0]["OMP_NUM_THREADS"], Path(config.run.dir) / "logs"
+    threads, logs = environments[0]["OMP_NUM_THREADS"], Path(config.run.dir) / LOGS
     others = f"; other ranks write to {logs}" if processes > 1 else ""
     say(f"{processes} processes, OMP_NUM_THREADS={threads}: {layout}{others}")
-    return Ranks(command, environments, logs).wait()
+    return recorded(Path(config.run.dir), Ranks(command, environments, logs).wait)
 
 
 def environments_of(processes: int) -> list[dict[str, str]]:
@@ -74,7 +76,7 @@ def environments_of(processes: int) -> list[dict[str, str]]:
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
 
 
-def _show(command: list[str], environments: list[dict[str, str]], layout: object) -> None:
+def show(command: list[str], environments: list[dict[str, str]], layout: object) -> None:
     print(f"# {len(environments)} processes, {layout}; nothing was started")
     for environment in environments:
         print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(command))

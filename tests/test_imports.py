@@ -112,7 +112,8 @@ def imported_by(arguments: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain --help", "pretrain train --help", "launch --help", "launch local --help"]
+    "command",
+    ["pretrain --help", "pretrain train --help", "launch --help", "launch local --help", "launch slurm --help"],
 )
 def test_help_imports_the_standard_library_alone(command: str) -> None:
     """So that it is there at once. What an environment imports at every start (.pth files) is not ours."""

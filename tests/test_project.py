@@ -140,7 +140,11 @@ def test_help_shows_an_example_for_every_command() -> None:
     assert {"prepare", "train", "evaluate", "generate"} <= set(names)
     for name in names:
         assert f"example: python -m pretrain {name} " in _help(pretrain.parser().parse_args, [name, "--help"])
-    assert "example: python -m launch local" in _help(launch.parse, ["local", "--help"])
+    names = re.findall(r"^    (\w+) ", _help(launch.parse, ["--help"]), re.MULTILINE)
+    assert {"local", "slurm", "status"} <= set(names)
+    for name in names:
+        words = " ".join(_help(launch.parse, [name, "--help"]).split())
+        assert re.search(rf"example: .*python -m launch {name} ", words)
 
 
 def _help(parse: Callable[[Sequence[str]], object], words: Sequence[str]) -> str:
