@@ -8,7 +8,7 @@ SHARDS := shards/train/manifest.json
 
 SHELL := /bin/bash
 
-.PHONY: help setup demo demo-parallel finetune-demo test check bench matrix torture wheels gpu clean
+.PHONY: help setup demo demo-parallel finetune-demo test test-cluster check bench matrix torture wheels gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
 	@echo "make finetune-demo  tune a real 6-layer BERT into a classifier (a few minutes on 2 cores)"
 	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
+	@echo "make test-cluster   run jobs on a real Slurm on this machine; installs it, as root (minutes)"
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
 	@echo "make torture        two hundred runs killed at random places and started again under other layouts (an hour)"
@@ -77,6 +78,9 @@ finetune-demo: $(STAMP)
 # Two at a time: most tests are one process of one thread. Each worker begins with a half and takes of the other's rest.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-cluster: $(STAMP)
+	@.ci/cluster $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,19 @@ from tests.distributed import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 GUIDES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
-TARGETS = ("setup", "demo", "demo-parallel", "finetune-demo", "test", "check", "bench", "matrix", "torture", "clean")
+TARGETS = (
+    "setup",
+    "demo",
+    "demo-parallel",
+    "finetune-demo",
+    "test",
+    "test-cluster",
+    "check",
+    "bench",
+    "matrix",
+    "torture",
+    "clean",
+)
 
 
 def normal(name: str) -> str:
@@ -69,7 +81,11 @@ def test_ci_runs_the_checks_and_the_tests() -> None:
     words = script.read_text()
     assert all(
         words.index(earlier) < words.index(later)
-        for earlier, later in [("export CI=1", "make check"), ("make check", "test ARGS=")]
+        for earlier, later in [
+            ("export CI=1", "make check"),
+            ("make check", "test ARGS="),
+            ("test ARGS=", "test-cluster"),
+        ]
     )
 
 

@@ -25,7 +25,7 @@ CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -39,10 +39,11 @@ SlurmctldPort={port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=6
 KillWait=5
 CompleteWait=0
 JobCompType=jobcomp/filetxt
@@ -66,11 +67,15 @@ class Cluster:
             (folder / f"spool.{node}").mkdir()
         host = socket.gethostname().partition(".")[0]
         lines = [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.9.{number} Port={free_port()} CPUs=2 RealMemory=2000"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.9.{number} Port={free_port()} CPUs=2 RealMemory=2000 "
+            "Gres=gpu:2 Feature=fast"
             for number, node in enumerate(self.nodes, start=1)
         ]
         text = CONFIG.format(host=host, folder=folder, port=free_port(), nodes="\n".join(lines), more=more)
         (folder / "slurm.conf").write_text(text)
+        for number in range(2):  # stand for GPUs, of which there are none
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={folder}/gpu[0-1]\n")
 
     # -- daemons -----------------------------------------------------------------------------------------------------
 
@@ -90,12 +95,16 @@ class Cluster:
         self._daemon("slurmd", "-D", "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
-        """Its slurmd, as a machine dies: with what it started."""
-        children = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        """As a machine dies: slurmd, its steps' daemons, which are init's children, and all that these started."""
         daemon = self.processes.pop(node)
-        daemon.kill()
+        tasks = list(processes(SLURMD_NODENAME=node, **self.environment))
+        steps = {
+            above for above in map(parent, tasks) if Path(f"/proc/{above}/exe").resolve().name.startswith("slurmstepd")
+        }
+        for pid in [daemon.pid, *steps, *tasks]:  # who would tell of the others' end goes first
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         daemon.wait()
-        del children
 
     def stop(self) -> None:
         """Every job and daemon."""
@@ -162,6 +171,30 @@ class Cluster:
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(self.folder.glob("*.log"))
         )
+
+
+def processes(**variables: str) -> dict[int, dict[str, str]]:
+    """The environments of all processes that have these variables in it, by process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            theirs = dict(word.partition("=")[::2] for word in path.read_text(errors="replace").split("\0"))
+            if variables.items() <= theirs.items():
+                found[int(path.parent.name)] = theirs
+    return found
+
+
+def rank_processes(job: str) -> dict[int, int]:
+    """Process id of each rank of a job."""
+    return {
+        int(variables["RANK"]): pid
+        for pid, variables in processes(SLURM_JOB_ID=job).items()
+        if "RANK" in variables and b"pretrain\0train" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,291 @@
+"""Jobs of `python -m launch slurm` on a real Slurm: they train as a local run does, and outlive what ends jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import attempts
+from tests.cluster.slurm import Cluster, cluster, rank_processes
+from tests.distributed import REPOSITORY
+from tests.launch.jobs import events
+from tests.pretrain import running
+from tests.training import write_config
+
+# A constant rate: the first steps of a run are the same however long it is.
+TRAINING = (
+    *("model.num_layers=2", "batch.micro_size=2", "schedule.kind=constant", "schedule.warmup=2 steps"),
+    *("parallel.zero=1", "parallel.timeout=30", "checkpoint.every=5 steps"),
+)
+NODE = ("--cpus", "1", "--env", "GLOO_SOCKET_IFNAME=lo")  # the nodes are one machine
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as up:
+        yield up
+
+
+def logged(run: Path) -> dict[int, tuple[Any, ...]]:
+    """The numbers of each step, which nothing but the clock may change."""
+    lines = [line for line in running.numbers_of(run) if "loss" in line]
+    return {line["step"]: (line["loss"], line["grad_norm"], line["batch_hash"]) for line in lines}
+
+
+class Reference:
+    """The same training on two processes of this machine, without Slurm; it grows as far as it is asked for."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.run, self.source, self.known = folder / "run", write_config(folder, shards), 0
+
+    def __call__(self, steps: int) -> dict[int, tuple[Any, ...]]:
+        if steps > self.known:
+            total = f"schedule.total={steps} steps"
+            source = (self.run,) if self.known else (self.source, *TRAINING)
+            ran = running.command("train", *source, total, world=2, timeout=180)
+            assert ran.code == 0, ran.told
+            self.known = steps
+        found = logged(self.run)
+        return {step: found[step] for step in range(1, steps + 1)}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("reference"), tiny_data)
+
+
+class Submitted:
+    """A job of the command under test."""
+
+    def __init__(self, slurm: Cluster, folder: Path, shards: Path, *words: str, steps: int = 1_000_000) -> None:
+        self.slurm, self.run = slurm, folder / "run"
+        folder.mkdir(exist_ok=True)
+        config = write_config(folder, shards)
+        options = ["--nodes", "2", *NODE, *TRAINING, f"schedule.total={steps} steps", *words]
+        ran = slurm.run([sys.executable, "-m", "launch", "slurm", config, *options])
+        assert ran.returncode == 0, ran.stderr
+        self.folder = folder
+        self.job = ran.stdout.split()[1].rstrip(":,")
+
+    @property
+    def log(self) -> str:
+        return (self.run / "logs" / f"slurm-{self.job}.out").read_text(errors="replace")
+
+    def step(self) -> int:
+        """The last that was logged."""
+        try:
+            text = (self.run / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return 0
+        steps = [json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")]
+        return steps[-1] if steps else 0
+
+    def wait_for(self, true: Callable[[], object], what: str, seconds: float = 120) -> None:
+        try:
+            self.slurm.wait_for(true, what, seconds)
+        except AssertionError as error:
+            error.add_note(self.log)
+            raise
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: self.step() >= step, f"step {step}")
+
+    def stop(self) -> None:
+        """As a person asks it to."""
+        (self.run / "stop").touch()
+        self.wait(state="FAILED")  # to Slurm, whatever the exit code is
+        assert self.ends()[-1] == ("asked to stop", "none"), self.log
+
+    def wait_for_end(self, attempt: int) -> None:
+        self.wait_for(lambda: len(self.ends()) >= attempt, f"end of attempt {attempt}")
+
+    def wait(self, state: str = "COMPLETED") -> None:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait_for(lambda: self.slurm.state(self.job) in over, f"end of job {self.job}")
+        assert self.slurm.state(self.job) == state, self.log
+
+    def ends(self) -> list[tuple[str, str]]:
+        """Why each attempt ended, and what follows."""
+        return [(line["why"], line["next"]) for line in attempts.read(self.run) if line["event"] == "end"]
+
+    def status(self) -> Any:
+        ran = self.slurm.run([sys.executable, "-m", "launch", "status", self.run, "--json"])
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+
+def test_a_job_of_two_nodes_trains_as_a_local_run(
+    slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
+) -> None:
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10", steps=10)
+    slurm.wait_for_state(job.job, "RUNNING")
+    assert job.status()["state"] == "running"
+    job.wait()
+    assert logged(job.run) == reference(10)
+    found = job.status()
+    assert (found["state"], found["step"], found["checkpoint"]["step"]) == ("finished", 10, 10)
+    assert "node 1 of 2" in job.log and job.ends() == [("finished", "none")]
+
+
+def test_at_the_time_limit_it_saves_and_goes_on(
+    slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
+) -> None:
+    """Slurm asks at any time up to a minute before it was told to; the second attempt gets a longer limit."""
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "1", "--stop-before", "25", "checkpoint.every=100000 steps")
+    job.wait_for_end(1)
+    slurm.ask("scontrol", "update", f"JobId={job.job}", "TimeLimit=20")
+    [first] = events(job.run, "end")
+    assert first["code"] == 75 and first["new"] == first["step"] > 0, job.log
+    job.wait_for_step(first["step"] + 5)
+    job.stop()
+    assert job.ends() == [("time limit", "requeue"), ("asked to stop", "none")], job.log
+    assert logged(job.run) == reference(job.step())
+    assert f"going on after step {first['step']}" in job.log
+    assert "asked the run to save and end" in job.log and not (job.run / "stop").exists()
+
+
+def test_a_killed_rank_ends_the_job_at_once_and_it_goes_on(
+    slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
+) -> None:
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10")
+    job.wait_for_step(12)
+    os.kill(rank_processes(job.job)[1], signal.SIGKILL)
+    started = time.monotonic()
+    job.wait_for_end(1)
+    took = time.monotonic() - started
+    job.wait_for_step(job.step() + 5)
+    job.stop()
+    assert job.ends() == [("failed", "requeue"), ("asked to stop", "none")], job.log
+    assert "rank 1 was killed by SIGKILL" in job.log
+    assert logged(job.run) == reference(job.step())
+    assert took < 5.0, f"{took:.1f} s\n{job.log}"
+
+
+def test_a_dead_node_sends_the_job_back_to_the_queue(
+    slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
+) -> None:
+    """The node of the batch script: nothing of the job is left to say that it ended."""
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10")
+    job.wait_for_step(7)
+    slurm.kill_node("n1")
+    job.wait_for(lambda: slurm.state(job.job) == "PENDING", "requeue")
+    before = job.step()
+    slurm.start_node("n1")
+    job.wait_for(lambda: len(events(job.run, "begin")) == 2, "second attempt")
+    job.wait_for_step(before + 5)
+    job.stop()
+    assert "NODE_FAIL" in (slurm.folder / "jobs.log").read_text()
+    assert job.ends() == [("asked to stop", "none")], job.log
+    assert logged(job.run) == reference(job.step())
+    assert [one["why"] for one in job.status()["attempts"]] == [None, "asked to stop"]
+
+
+def test_a_crash_that_comes_again_is_not_tried_for_ever(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
+    faulty = tmp_path / "faulty"
+    faulty.mkdir()
+    # Before torch is imported: the crash, not its speed, is what matters here.
+    (faulty / "sitecustomize.py").write_text(
+        "import sys\nif 'train' in sys.orig_argv: raise SystemExit('a crash that comes again')\n"
+    )
+    path = f"{faulty}:{REPOSITORY}"
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10", "--env", f"PYTHONPATH={path}")
+    job.wait(state="FAILED")
+    assert [follows for _, follows in job.ends()] == ["requeue", "none"], job.log
+    assert "two attempts in a row saved no step" in job.log and "a crash that comes again" in job.log
+    assert job.status()["state"].startswith("failed")
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10")
+    job.wait_for_step(3)
+    slurm.ask("scancel", job.job)
+    job.wait(state="CANCELLED")
+    slurm.wait_for(lambda: not rank_processes(job.job), "end of the ranks")
+    assert attempts.newest_step(job.run) >= 3, job.log
+    time.sleep(2)
+    assert slurm.state(job.job) == "CANCELLED"
+
+
+def test_seeds_are_runs_of_their_own(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
+    """One node each, and each rank a task of Slurm's."""
+    job = Submitted(slurm, tmp_path, tiny_data, "--nodes", "1", "--time", "10", "--seeds", "1-2", "--direct", steps=5)
+    slurm.wait_for(lambda: not slurm.ask("squeue", "-h"), "an empty queue", 90)
+    runs = [job.run / f"seed-{seed}" for seed in (1, 2)]
+    said = slurm.run([sys.executable, "-m", "launch", "status", job.run, "--json"]).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    assert [(one["state"], one["step"], one["run"]) for one in found] == [("finished", 5, str(run)) for run in runs], (
+        said
+    )
+    one, other = map(logged, runs)
+    assert one.keys() == other.keys() and all(one[step] != other[step] for step in one)
+    assert (job.run / "logs" / f"slurm-{job.job}_2.out").exists()
+
+
+def test_a_chain_under_a_hostile_name_trains_once_and_is_done(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
+    name = "a b'\"$(touch hacked)`touch hacked`;\\%j#\n#SBATCH --time=1\n*"
+    job = Submitted(
+        *(slurm, tmp_path, tiny_data, "--time", "10", "--chain", "2", "--env", f"VALUE={name}"),
+        *("--direct", f"run.dir={json.dumps(str(tmp_path / name))}"),
+        steps=3,
+    )
+    run = tmp_path / name
+    slurm.wait_for(lambda: not slurm.ask("squeue", "-h"), "an empty queue", 90)
+    assert [line["jobs"] for line in events(run, "submitted")] == [[job.job, str(int(job.job) + 1)]]
+    assert [line["why"] for line in events(run, "end")] == ["finished"]
+    logs = sorted((run / "logs").glob("slurm-*.out"))
+    assert [path.name for path in logs] == [f"slurm-{job.job}.out", f"slurm-{int(job.job) + 1}.out"]
+    assert "nothing is left to do" in logs[1].read_text()
+    assert not list(tmp_path.rglob("hacked")) and not (REPOSITORY / "hacked").exists()
+    assert slurm.ask("scontrol", "show", "job", job.job).count("TimeLimit=00:10:00") == 1
+
+
+SCRIPTS = {
+    "gpus": ["--gpus-per-node", "2", "--partition", "main", "--constraint", "fast", "--stop-before", "600"],
+    "gpus, a task a rank": ["--gpus-per-node", "2", "--nodes", "1", "--direct", "--exclude", "n2", "--cpus", "2"],
+    "whole nodes": ["--processes-per-node", "2", "--memory", "1G", "--account", "a", "--qos", "normal"],
+    "docker": ["--gpus-per-node", "2", "--container", "docker", "--image", "engine:1"],
+    "pyxis": ["--cpus", "2", "--container", "pyxis", "--image", "host#engine:1"],
+    "chain": ["--chain", "3", "--env", "A=b c", "--env", "HOME"],
+    "seeds": ["--seeds", "1-4%2"],
+}
+
+
+@pytest.mark.parametrize("options", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_slurm_and_shellcheck_take_every_script(
+    slurm: Cluster, tmp_path: Path, tiny_data: Path, options: list[str]
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    words = [
+        sys.executable,
+        "-m",
+        "launch",
+        "slurm",
+        config,
+        "--nodes",
+        "2",
+        "--time",
+        "1:00:00",
+        "--dry-run",
+        *options,
+    ]
+    script = tmp_path / "job.sh"
+    script.write_text(slurm.run(words).stdout)
+    checked = slurm.run(["sbatch", "--test-only", script])
+    assert checked.returncode == 0 and "to start at" in checked.stderr, checked.stderr
+    linted = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert linted.returncode == 0, linted.stdout
+
+
+def test_slurm_would_refuse_a_wrong_script(slurm: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --nodes=3\ntrue\n")
+    assert slurm.run(["sbatch", "--test-only", script]).returncode != 0
