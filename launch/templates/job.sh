@@ -42,7 +42,8 @@ begin() {
     touch -- "$record"
     over=$(lines '"next": "none"' | tail -n 1)
     if [[ $over ]]; then # a job of a chain whose work is done
-        say "nothing is left to do: ${over#*\"why\": }"
+        over=${over#*'"why": "'}
+        say "nothing is left to do: ${over%%'"'*}"
         exit 0
     fi
     attempt=$(($(lines '"event": "begin"' | wc -l) + 1))

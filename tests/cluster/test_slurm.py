@@ -26,12 +26,17 @@ TRAINING = (
     *("model.num_layers=2", "batch.micro_size=2", "schedule.kind=constant", "schedule.warmup=2 steps"),
     *("parallel.zero=1", "parallel.timeout=30", "checkpoint.every=5 steps"),
 )
-NODE = ("--cpus", "1", "--env", "GLOO_SOCKET_IFNAME=lo")  # the nodes are one machine
+NODE = ("--env", "GLOO_SOCKET_IFNAME=lo")  # the nodes are one machine
+SHARE = ("--cpus", "1")  # of a node, else all of it
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as up:
+    folder = tmp_path_factory.mktemp("slurm")
+    source, plugin = Path(__file__).with_name("pyxis.c"), folder / "pyxis.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", plugin, source], check=True)
+    (folder / "plugstack.conf").write_text(f"required {plugin}\n")
+    with cluster(folder / "cluster", more=f"PlugStackConfig={folder / 'plugstack.conf'}") as up:
         yield up
 
 
@@ -217,7 +222,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, tmp_path: Pat
 
 def test_seeds_are_runs_of_their_own(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
     """One node each, and each rank a task of Slurm's."""
-    job = Submitted(slurm, tmp_path, tiny_data, "--nodes", "1", "--time", "10", "--seeds", "1-2", "--direct", steps=5)
+    job = Submitted(
+        slurm, tmp_path, tiny_data, "--nodes", "1", *SHARE, "--time", "10", "--seeds", "1-2", "--direct", steps=5
+    )
     slurm.wait_for(lambda: not slurm.ask("squeue", "-h"), "an empty queue", 90)
     runs = [job.run / f"seed-{seed}" for seed in (1, 2)]
     said = slurm.run([sys.executable, "-m", "launch", "status", job.run, "--json"]).stdout
@@ -233,7 +240,7 @@ def test_seeds_are_runs_of_their_own(slurm: Cluster, tmp_path: Path, tiny_data: 
 def test_a_chain_under_a_hostile_name_trains_once_and_is_done(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
     name = "a b'\"$(touch hacked)`touch hacked`;\\%j#\n#SBATCH --time=1\n*"
     job = Submitted(
-        *(slurm, tmp_path, tiny_data, "--time", "10", "--chain", "2", "--env", f"VALUE={name}"),
+        *(slurm, tmp_path, tiny_data, *SHARE, "--time", "10", "--chain", "2", "--env", f"VALUE={name}"),
         *("--direct", f"run.dir={json.dumps(str(tmp_path / name))}"),
         steps=3,
     )
@@ -246,6 +253,37 @@ def test_a_chain_under_a_hostile_name_trains_once_and_is_done(slurm: Cluster, tm
     assert "nothing is left to do" in logs[1].read_text()
     assert not list(tmp_path.rglob("hacked")) and not (REPOSITORY / "hacked").exists()
     assert slurm.ask("scontrol", "show", "job", job.job).count("TimeLimit=00:10:00") == 1
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[Path]:
+    """A root file system with this interpreter and its packages, and a mark by which it is known from inside."""
+    folder = tmp_path / "image"
+    for name in ("bin", "lib", "lib64"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).symlink_to(f"usr/{name}")
+    for name in ("tmp", "mark"):
+        (folder / name).mkdir()
+    (folder / "mark" / "sitecustomize.py").write_text("import sys; print('inside the image', file=sys.stderr)\n")
+    mounted = [folder / path.lstrip("/") for path in dict.fromkeys(["/usr", "/etc", sys.base_prefix, sys.prefix])]
+    try:
+        for place in mounted:
+            place.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "--bind", f"/{place.relative_to(folder)}", place], check=True)
+        yield folder
+    finally:
+        for place in reversed(mounted):
+            subprocess.run(["umount", "--lazy", place], check=False)
+
+
+def test_pyxis_is_given_what_the_run_needs(slurm: Cluster, tmp_path: Path, tiny_data: Path, image: Path) -> None:
+    """By a stand-in for it: in the image there are the folders of the run, the data and the program, and no others."""
+    inside = ("--env", f"PATH={sys.prefix}/bin:/usr/bin:/bin", "--env", "PYTHONPATH=/mark")
+    words = ("--nodes", "1", "--time", "10", "--container", "pyxis", "--image", str(image), *inside)
+    job = Submitted(slurm, tmp_path / "work", tiny_data, *words, steps=3)
+    job.wait()
+    assert "inside the image" in job.log and job.ends() == [("finished", "none")], job.log
+    assert "finished: 3 steps" in job.log
 
 
 SCRIPTS = {
