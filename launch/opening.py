@@ -22,18 +22,24 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(overrides=[])
 
 
-def open_config(source: str, overrides: list[str], processes: int) -> Config:
-    """The checked config of a YAML file, or of a run's folder to go on with.
-
-    Raises UserError for whatever keeps it from `processes` ranks, or from its folder, that can be known before they start.
-    """
-    from pretrain.config.load import check_layout, load_config
+def read_config(source: str, overrides: list[str]) -> Config:
+    """That of a YAML file, or of a run's folder to go on with. Raises UserError with all that is wrong in it."""
+    from pretrain.config.load import load_config
 
     path = Path(source)
     if path.is_dir():
-        config = load_config(path / CONFIG, [f"run.dir={json.dumps(str(path))}", *overrides])
-    else:
-        config = load_config(path, overrides)
+        return load_config(path / CONFIG, [f"run.dir={json.dumps(str(path))}", *overrides])
+    return load_config(path, overrides)
+
+
+def open_config(source: str, overrides: list[str], processes: int) -> Config:
+    """The same, for so many processes.
+
+    Raises UserError for whatever keeps it from `processes` ranks, or from its folder, that can be known before they start.
+    """
+    from pretrain.config.load import check_layout
+
+    config = read_config(source, overrides)
     if config.model.initial is None:  # else its shape is not known here, and the ranks check
         check_layout(config, processes)
     check_folder(Path(config.run.dir))

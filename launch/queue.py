@@ -25,7 +25,7 @@ def queued(jobs: Sequence[str]) -> list[Queued]:
     numbers = _numbers(jobs)
     # Two ids, or squeue takes one that it has forgotten for a mistake.
     said = (
-        _ask(["squeue", "--noheader", f"--jobs={','.join([*numbers, '1'])}", "--format=%F|%i|%T|%r|%N"])
+        _ask(["squeue", "--array", "--noheader", f"--jobs={','.join([*numbers, '1'])}", "--format=%F|%i|%T|%r|%N"])
         if numbers
         else ""
     )

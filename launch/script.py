@@ -6,7 +6,6 @@ setting, quoted for bash. sbatch stops reading directives at the first command, 
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from launch.arrays import Member, spelled
 from pretrain.config.folder import LOGS
 
 BODY = "templates/job.sh"
@@ -25,7 +25,6 @@ ALLOWED = {
     "--constraint": r"[\w.,@+&|*()\[\]!:-]+",
     "--exclude": r"[\w.,\[\]-]+",
     "--memory": r"\d+[KMGT]?",
-    "--seeds": r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?",
 }
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # of an environment variable
 
@@ -48,6 +47,8 @@ class Job:
     stop_before: int = 180  # seconds
     max_attempts: int = 10
     chain: int = 1
+    members: tuple[Member, ...] = ()  # of an array; empty: one run
+    at_once: int | None = None  # of these
     container: str = "none"
     image: str = ""
     mounts: tuple[Path, ...] = ()
@@ -75,9 +76,12 @@ def problems(job: Job) -> Iterator[str]:
             yield f"--env: {variable.partition('=')[0]!r} is no name of a variable"
     counts = {"--nodes": job.nodes, "--processes-per-node": job.processes, "--max-attempts": job.max_attempts}
     counts |= {"--chain": job.chain, "--stop-before": job.stop_before}
+    counts |= {} if job.at_once is None else {"--at-once": job.at_once}
     yield from (f"{name}: at least 1, not {count}" for name, count in counts.items() if count < 1)
     if job.cpus is not None and (job.cpus < job.processes or job.cpus % job.tasks):
         yield f"--cpus: {job.cpus} cores cannot be shared out to the {job.processes} processes of a node"
+    if found := re.search(r"[%\\]", str(job.run)):  # it puts --chdir before the name of the log, and reads all of it
+        yield f"run.dir: Slurm reads {found[0]} in {str(job.run)!r} as its own sign; choose a name without it"
     yield from _container_problems(job)
 
 
@@ -120,7 +124,6 @@ def job_name(run: Path) -> str:
 
 def _directives(job: Job) -> Iterator[str]:
     yield "# Written by `python -m launch slurm`, which also submits it. By hand: sbatch --chdir=RUN RUN/launch/job.sh"
-    seeds = job.options.get("--seeds")
     given = {
         "--job-name": job_name(job.run),
         "--nodes": job.nodes,
@@ -128,10 +131,10 @@ def _directives(job: Job) -> Iterator[str]:
         "--time": job.time,
         "--gpus-per-node": job.gpus or "",
         "--cpus-per-task": "" if job.cpus is None else job.cpus // job.tasks,
-        **{name: value for name, value in job.options.items() if name not in ("--seeds", "--memory")},
+        **{name: value for name, value in job.options.items() if name != "--memory"},
         "--mem": job.options.get("--memory") or ("0" if job.cpus is None else ""),
-        "--array": seeds or "",
-        "--output": f"{LOGS}/slurm-{'%A_%a' if seeds else '%j'}.out",  # of --chdir
+        "--array": spelled(job.members, job.at_once) if job.members else "",
+        "--output": f"{LOGS}/slurm-{'%A_%a' if job.members else '%j'}.out",  # of --chdir
         "--signal": f"B:USR1@{job.stop_before}",
     }
     yield from (f"#SBATCH {name}={value}" for name, value in given.items() if value != "")
@@ -159,8 +162,6 @@ def _settings(job: Job) -> Iterator[str]:
         "submission": job.submission,
         "container": job.container,
         "image": job.image,
-        # A seed's folder as a value of YAML, up to the seed.
-        "seed_dir": f"run.dir={json.dumps(str(job.run / 'seed-'))[:-1]}",
     }
     numbers = {"direct": int(job.direct), "gpus": job.gpus, "tasks_per_node": job.tasks}
     numbers |= {"stop_before": job.stop_before, "max_attempts": job.max_attempts, "chained": int(job.chain > 1)}
@@ -169,6 +170,13 @@ def _settings(job: Job) -> Iterator[str]:
     yield f"names=({shlex.join(variable.partition('=')[0] for variable in job.environment)})"
     yield f"mounts=({shlex.join(map(str, job.mounts))})"
     yield f"command=({_wrapped(job.command)})"
+    yield "member() { # NUMBER of the array's: its folder, and what is its own"
+    yield "    case $1 in"
+    for member in job.members:
+        yield f"        {member.number}) run={shlex.quote(str(member.folder))} command+=({shlex.join(member.words)}) ;;"
+    yield '        *) die "$1 is none of this array" ;;'
+    yield "    esac"
+    yield "}"
 
 
 def _wrapped(words: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import attempts
-from launch.opening import add_run_options, open_config
+from launch import arrays, attempts
+from launch.opening import add_run_options, open_config, read_config
 from pretrain.config.folder import CONFIG, LAUNCH, LOGS
 from pretrain.errors import Exit, UserError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # imported when the command runs, so that --help is there at 
 
 EXAMPLE = "python -m launch slurm configs/gpt/demo.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 parallel.tensor=8"
 SCRIPT = "job.sh"
-SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "memory", "seeds")
+SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "memory")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -87,9 +87,8 @@ def _environment_options(slurm: argparse.ArgumentParser) -> None:
 
 
 def _attempt_options(slurm: argparse.ArgumentParser) -> None:
-    slurm.add_argument(
-        "--seeds", default="", metavar="LIST", help="a job array: run.seed 1-4 or 1,5%%1, each in RUN/seed-N"
-    )
+    slurm.add_argument("--seeds", metavar="LIST", help="a job array: run.seed 1-4 or 1,5,7, each in RUN/seed-N")
+    slurm.add_argument("--at-once", type=int, metavar="N", help="jobs of an array that may run at once (default: all)")
     slurm.add_argument(
         "--chain", type=int, default=1, metavar="N", help="N jobs one after the other, where no job may be requeued"
     )
@@ -110,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gpus_per_node and args.processes_per_node not in (None, args.gpus_per_node):
         raise UserError("--processes-per-node: with GPUs there are as many processes a node as --gpus-per-node")
     processes = args.gpus_per_node or args.processes_per_node or 1
-    config = open_config(args.config, args.overrides, max(1, args.nodes) * max(1, processes))
-    job = _checked(args, config, processes)
+    job = _checked(args, processes)
     script = render(job)
     if args.dry_run:
         print(script, end="")
@@ -119,17 +117,24 @@ def run(args: argparse.Namespace) -> int:
     _check_slurm(job)
     _write(args.config, job, script)
     jobs = _submit(job)
-    attempts.note(job.run, "submitted", submission=job.submission, jobs=jobs)
+    _note(job, jobs)
     print(f"job {', '.join(jobs)}: {job.run / LAUNCH / SCRIPT}, {job.nodes * processes} processes")
     print(f"  python -m launch status {shlex.quote(str(job.run))}")
     return Exit.FINISHED
 
 
-def _checked(args: argparse.Namespace, config: Config, processes: int) -> Job:
+def _checked(args: argparse.Namespace, processes: int) -> Job:
     """The job that the options describe. Raises UserError with all that is wrong with them."""
     from launch.script import Job, problems
 
-    run = Path(config.run.dir).absolute()
+    plan, planned_in = arrays.plan_in(Path(args.config)), Path(args.config).absolute()
+    if plan is not None:
+        args.config, args.overrides = plan.config, [*plan.overrides, *args.overrides]
+    config = read_config(args.config, args.overrides)
+    run = planned_in if plan is not None else Path(config.run.dir).absolute()
+    members = arrays.of_plan(plan, run) if plan else arrays.of_seeds(args.seeds, run) if args.seeds else ()
+    for words in [member.words for member in members] or [[]]:  # every mistake before the first run
+        open_config(args.config, [*args.overrides, *words], max(1, args.nodes) * max(1, processes))
     job = Job(
         run=run,
         work=Path.cwd(),
@@ -145,20 +150,22 @@ def _checked(args: argparse.Namespace, config: Config, processes: int) -> Job:
         stop_before=args.stop_before,
         max_attempts=args.max_attempts,
         chain=args.chain,
+        members=members,
+        at_once=args.at_once,
         container=args.container,
         image=args.image,
         mounts=_mounts(args, config, run) if args.container != "none" else (),
         setup=Path(args.setup).absolute() if args.setup else None,
         environment=tuple(args.env),
     )
-    found = [*problems(job), *_missing(args, job)]
+    found = [*problems(job), *_missing(args, job, planned=plan is not None)]
     if found:
         raise UserError("\n".join(["this job cannot be submitted:", *(f"  {problem}" for problem in found)]))
     return job
 
 
-def _missing(args: argparse.Namespace, job: Job) -> list[str]:
-    """What is not there."""
+def _missing(args: argparse.Namespace, job: Job, planned: bool) -> list[str]:
+    """What is not there, and what does not go together."""
     found = [
         f"--env {name}: is not set here, so there is no value to keep; give {name}=VALUE"
         for name in args.env
@@ -166,10 +173,14 @@ def _missing(args: argparse.Namespace, job: Job) -> list[str]:
     ]
     if job.setup is not None and not job.setup.is_file():
         found.append(f"--setup: {args.setup}: there is no such file")
-    if args.seeds and (job.run / CONFIG).exists():
-        found.append(f"--seeds: {job.run} is itself a run; name a new folder, in which each seed has its own (run.dir)")
-    if args.seeds and args.chain > 1:
-        found.append("--seeds: an array is no chain; leave out --chain")
+    if args.seeds and planned:
+        found.append("--seeds: the sweep has planned its seeds; leave it out")
+    elif args.seeds and job.run.exists() and not arrays.is_home(job.run):
+        found.append(f"--seeds: {job.run} holds other files than seeds; name a new folder for all of them (run.dir)")
+    if job.members and args.chain > 1:
+        found.append("--chain: an array is no chain; leave it out")
+    if args.at_once is not None and not job.members:
+        found.append("--at-once: is for arrays (--seeds, or a sweep's folder)")
     return found
 
 
@@ -231,6 +242,14 @@ def _submit(job: Job) -> list[str]:
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         jobs.append(_sbatch([*after, f"--chdir={job.run}", str(job.run / LAUNCH / SCRIPT)]))
     return jobs
+
+
+def _note(job: Job, jobs: list[str]) -> None:
+    """In each run's folder, which jobs are its own."""
+    shared = {"submission": job.submission, "logs": str(job.run / LOGS)}
+    attempts.note(job.run, "submitted", jobs=jobs, **shared)
+    for member in job.members:
+        attempts.note(member.folder, "submitted", jobs=[f"{jobs[0]}_{member.number}"], **shared)
 
 
 def _sbatch(arguments: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "status",
         help="how runs stand",
         description="State, step, speed, last checkpoint and attempts of runs, with the commands to watch them. A folder "
-        "of seeds (--seeds) stands for all of them.",
+        "of seeds or of a sweep stands for all of them.",
         epilog=f"example: {EXAMPLE}",
     )
     status.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
@@ -54,16 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder, or those of its seeds."""
-    seeds = sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name))
-    return seeds if seeds and not (folder / CONFIG).exists() else [folder]
+    """The folder, or those of its seeds or trials."""
+    members = [*folder.glob("seed-*"), *folder.glob("trials/*/run")]
+    members.sort(key=lambda path: (len(str(path)), path))
+    return members if members and not (folder / CONFIG).exists() else [folder]
 
 
 def status_of(folder: Path) -> Fields:
     """All that is known of a run."""
     lines, now = attempts.read(folder), time.time()
     found = attempts_of(lines)
-    log = _log(folder, found)
+    log = _log(folder, lines, found)
     return {
         "run": str(folder),
         **_state(folder, lines, found),
@@ -156,11 +157,13 @@ def _total_steps(folder: Path) -> int | None:
     return int(total.count) if total.unit == "steps" else None
 
 
-def _log(folder: Path, found: list[Fields]) -> Path:
+def _log(folder: Path, lines: list[Fields], found: list[Fields]) -> Path:
     """What there is to watch: a job's output, or the metrics of a run whose output went to a terminal."""
     job = str(found[-1]["job"]) if found else ""
-    home = folder.parent if "_" in job else folder  # an array's jobs write beside the seeds
-    return home / LOGS / f"slurm-{job}.out" if job.replace("_", "").isdecimal() else folder / METRICS
+    if not job.replace("_", "").isdecimal():
+        return folder / METRICS
+    logs = [line["logs"] for line in lines if isinstance(line.get("logs"), str)]  # an array's are one folder
+    return Path(logs[-1] if logs else folder / LOGS) / f"slurm-{job}.out"
 
 
 # -- the state ---------------------------------------------------------------------------------------------------------
@@ -168,12 +171,9 @@ def _log(folder: Path, found: list[Fields]) -> Path:
 
 def _state(folder: Path, lines: list[Fields], found: list[Fields]) -> Fields:
     """In one word, with what explains it."""
-    jobs = _jobs(folder, lines)
+    jobs = _jobs(lines)
     last = found[-1] if found else None
-    here = [
-        one for one in queued(jobs) if not folder.name.startswith("seed-") or one.job.endswith(f"_{folder.name[5:]}")
-    ]
-    running = sorted(here, key=lambda one: one.state != "RUNNING")
+    running = sorted((one for one in queued(jobs) if one.job in jobs), key=lambda one: one.state != "RUNNING")
     if running:
         one = running[0]
         reason = one.nodes if one.state == "RUNNING" else one.reason
@@ -189,11 +189,9 @@ def _state(folder: Path, lines: list[Fields], found: list[Fields]) -> Fields:
     return {"state": how or "lost", "reason": "" if how else "its job is not in the queue, and said no end", "job": job}
 
 
-def _jobs(folder: Path, lines: list[Fields]) -> list[str]:
-    """Those of the last submission; a seed's was its parent's."""
+def _jobs(lines: list[Fields]) -> list[str]:
+    """Those of the last submission."""
     submitted = [line for line in lines if line["event"] == "submitted"]
-    if not submitted and folder.name.startswith("seed-"):
-        submitted = [line for line in attempts.read(folder.parent) if line["event"] == "submitted"]
     jobs = submitted[-1].get("jobs") if submitted else None
     return [job for job in jobs if isinstance(job, str)] if isinstance(jobs, list) else []
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -311,11 +312,25 @@ def main(args: Namespace) -> int:
     sweep = Sweep(args.config, args.overrides, trials, rungs_of(args, len(trials)))
     for trial in trials:
         load_config(args.config, [*args.overrides, *trial.words])  # every mistake before the first run
+    if args.plan:
+        return _plan(out, sweep)
     finished = sweep.run(lambda line: print(line, file=sys.stderr, flush=True))
     result = sweep.result(finished)
     write_result(out, result)
     _to_board(out, result, sweep.config)
     Console(highlight=False).print(_table(result), *_words(result), sep="\n")
+    return 0
+
+
+def _plan(out: Path, sweep: Sweep) -> int:
+    """Leave the trials to an array of jobs (launch/arrays.py reads what `_check_same` wrote)."""
+    if sweep.rungs:
+        raise UserError("--plan: jobs of an array cannot wait for each other; leave out --keep and --halving")
+    print(
+        f"{len(sweep.trials)} trials are planned in {out}. As jobs of Slurm's, for example:\n"
+        f"  python -m launch slurm {shlex.quote(str(out))} --nodes 1 --gpus-per-node 1 --time 2:00:00\n"
+        "and when they have ended, for what they say together, this command without --plan"
+    )
     return 0
 
 

@@ -33,7 +33,8 @@ lines() { # PATTERN: this submission's lines that hold it
 
 begin() {
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID run=$run/seed-$SLURM_ARRAY_TASK_ID
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+        member "$SLURM_ARRAY_TASK_ID"
     else
         job=$SLURM_JOB_ID
     fi
@@ -212,7 +213,6 @@ leave() { # as decided
 
 cd -- "$work" || die "$work: the folder that it was submitted from is not here"
 begin
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then command+=("run.seed=$SLURM_ARRAY_TASK_ID" "$seed_dir$SLURM_ARRAY_TASK_ID\""); fi
 meet
 compose
 train

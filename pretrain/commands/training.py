@@ -187,5 +187,8 @@ def _sweep_options(add: Add) -> None:
         "--at", type=float, default=0.3, metavar="F", help="with --keep: share of the schedule (default: 0.3)"
     )
     sweep.add_argument(
+        "--plan", action="store_true", help="train nothing: `python -m launch slurm DIR` makes jobs of the trials"
+    )
+    sweep.add_argument(
         "--halving", action="store_true", help="successive halving: a third goes on at each third of the way"
     )

@@ -238,9 +238,9 @@ def test_seeds_are_runs_of_their_own(slurm: Cluster, tmp_path: Path, tiny_data: 
 
 
 def test_a_chain_under_a_hostile_name_trains_once_and_is_done(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
-    name = "a b'\"$(touch hacked)`touch hacked`;\\%j#\n#SBATCH --time=1\n*"
+    name = "a b'\"$(touch hacked)`touch hacked`;#\n#SBATCH --time=1\n*"
     job = Submitted(
-        *(slurm, tmp_path, tiny_data, *SHARE, "--time", "10", "--chain", "2", "--env", f"VALUE={name}"),
+        *(slurm, tmp_path, tiny_data, *SHARE, "--time", "10", "--chain", "2", "--env", f"VALUE={name}\\%j"),
         *("--direct", f"run.dir={json.dumps(str(tmp_path / name))}"),
         steps=3,
     )
@@ -293,7 +293,7 @@ SCRIPTS = {
     "docker": ["--gpus-per-node", "2", "--container", "docker", "--image", "engine:1"],
     "pyxis": ["--cpus", "2", "--container", "pyxis", "--image", "host#engine:1"],
     "chain": ["--chain", "3", "--env", "A=b c", "--env", "HOME"],
-    "seeds": ["--seeds", "1-4%2"],
+    "seeds": ["--seeds", "1-4,9", "--at-once", "2"],
 }
 
 

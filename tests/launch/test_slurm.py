@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from launch import script
+from pretrain.__main__ import main as pretrain
 from pretrain.config.load import load_config
 from tests.distributed import REPOSITORY
 from tests.launch.jobs import Slurm, directives, events, launched, rendered
 
 CONFIG = REPOSITORY / "configs" / "gpt" / "demo.yaml"
-HOSTILE = "a b'\"$(touch hacked)`touch hacked`;touch hacked\\%j#\n#SBATCH --time=1\n${HOME}*"
+HOSTILE = "a b'\"$(touch hacked)`touch hacked`;touch hacked#\n#SBATCH --time=1\n${HOME}*"
 SIZE = ("--nodes", "2", "--time", "1:00:00")
 LAYOUT = ("batch.micro_size=1",)
 
@@ -113,7 +114,11 @@ def test_a_folder_in_the_hands_of_a_job_is_given_to_no_other(
         ([*SIZE, "--partition", "gpu --wrap=x"], ["--partition: 'gpu --wrap=x'"]),
         ([*SIZE, "--account", "x\n#SBATCH --uid=0"], ["--account"]),
         ([*SIZE, "--exclude", "$(id)"], ["--exclude"]),
-        ([*SIZE, "--seeds", "1;2"], ["--seeds"]),
+        ([*SIZE, "--seeds", "1;2"], ["--seeds: '1;2' is no list of seeds"]),
+        ([*SIZE, "--seeds", "7-3"], ["--seeds: 7-3 is no range"]),
+        ([*SIZE, "--seeds", "1-4", "--chain", "2"], ["--chain: an array is no chain"]),
+        ([*SIZE, "--at-once", "2"], ["--at-once: is for arrays"]),
+        ([*SIZE, "--seeds", "1-2", "--at-once", "0"], ["--at-once: at least 1"]),
         (["--nodes", "2", "--time", "soon"], ["--time: 'soon' is no time limit"]),
         (["--nodes", "2", "--time", "3"], ["--time: 3 leaves nothing before the last 180 s"]),
         ([*SIZE, "--env", "A B=c"], ["--env: 'A B' is no name"]),
@@ -126,6 +131,8 @@ def test_a_folder_in_the_hands_of_a_job_is_given_to_no_other(
         ([*SIZE, "--max-attempts", "0", "--chain", "0"], ["--max-attempts: at least 1", "--chain: at least 1"]),
         ([*SIZE, "--processes-per-node", "2", "parallel.tensor=3"], ["parallel.tensor: 3 does not divide"]),
         ([*SIZE, "--speed", "2"], ["'--speed'"]),
+        ([*SIZE, "run.dir=a%j"], ["run.dir: Slurm reads % in"]),
+        ([*SIZE, r"run.dir=a\b"], ["run.dir: Slurm reads \\ in"]),
     ],
     ids=lambda value: " ".join(value)[:40].replace("\n", " "),
 )
@@ -133,7 +140,7 @@ def test_mistakes_are_told_before_anything_is_written(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
 ) -> None:
     try:
-        code: object = launched("slurm", CONFIG, *options, *LAYOUT, "run.dir=run")
+        code: object = launched("slurm", CONFIG, "run.dir=run", *LAYOUT, *options)
     except SystemExit as end:
         code = end.code
     err = capsys.readouterr().err
@@ -253,7 +260,7 @@ def test_hostile_names_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (work / f"{HOSTILE}.sh").write_text("export FROM_SETUP=yes\n")
     options = [
         "--env",
-        f"VALUE={HOSTILE}",
+        f"VALUE={HOSTILE}\\%j",
         "--setup",
         f"{HOSTILE}.sh",
         *LAYOUT,
@@ -268,7 +275,7 @@ def test_hostile_names_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert slurm.attempt(run, "exit 0") == 0, slurm.told
     environment, words = slurm.environment(), slurm.words("srun")
-    assert environment["VALUE"] == HOSTILE and environment["FROM_SETUP"] == "yes"
+    assert environment["VALUE"] == f"{HOSTILE}\\%j" and environment["FROM_SETUP"] == "yes"
     assert environment["PWD"] == str(work)
     assert words[words.index("node") + 1] == f"{run}/launch/config.yaml"
     assert f"run.dir={json.dumps(str(run))}" in words and options[-1] in words
@@ -366,13 +373,45 @@ def test_a_folder_that_cannot_be_mounted_is_refused(
 
 
 def test_each_seed_of_an_array_has_its_own_folder(slurm: Slurm, tmp_path: Path) -> None:
-    run = tmp_path / 'ru n"\\'
-    assert launched("slurm", CONFIG, *SIZE, *LAYOUT, "--seeds", "1-4%2", f"run.dir={json.dumps(str(run))}") == 0
+    run = tmp_path / "ru n\"'"
+    words = ("slurm", CONFIG, *SIZE, *LAYOUT, "--seeds", "1-3,9", "--at-once", "2", f"run.dir={json.dumps(str(run))}")
+    assert launched(*words) == 0
     text = (run / "launch" / "job.sh").read_text()
-    assert directives(text)["--array"] == "1-4%2" and directives(text)["--output"] == "logs/slurm-%A_%a.out"
-    assert slurm.attempt(run, "exit 0", task=3) == 0, slurm.told
+    assert directives(text)["--array"] == "1-3,9%2" and directives(text)["--output"] == "logs/slurm-%A_%a.out"
+    assert slurm.attempt(run, "exit 0", task=9) == 0, slurm.told
+    config = load_config(CONFIG, [word for word in slurm.words("srun") if word.startswith("run.")])
+    assert (config.run.seed, config.run.dir) == (9, f"{run}/seed-9")
+    assert [line["job"] for line in events(run / "seed-9", "begin")] == ["7_9"]
+    assert [line["jobs"] for line in events(run / "seed-3", "submitted")] == [["41_3"]]
+    assert slurm.attempt(run, "exit 0", task=5) == 1 and "5 is none of this array" in slurm.told
+    assert launched(*words) == 0, "the same again: it goes on"
+
+
+def test_seeds_are_not_put_among_other_files(slurm: Slurm, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "thesis.tex").touch()
+    assert launched("slurm", CONFIG, *SIZE, *LAYOUT, "--seeds", "1-4", f"run.dir={run}") == 2
+    assert "holds other files than seeds" in capsys.readouterr().err
+
+
+def test_the_trials_of_a_planned_sweep_are_an_array(slurm: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    plan = ["sweep", CONFIG, *LAYOUT, "--out", out, "--search", "optimizer.learning_rate=1e-3,2e-3,3e-3", "--plan"]
+    assert pretrain([str(word) for word in plan]) == 0
+    assert launched("slurm", out, *SIZE) == 0
+    assert directives((out / "launch" / "job.sh").read_text())["--array"] == "0-2"
+    assert slurm.attempt(out, "exit 0", task=2) == 0, slurm.told
     words = slurm.words("srun")
-    overrides = [word for word in words if word.startswith("run.")]
-    config = load_config(CONFIG, overrides)
-    assert (config.run.seed, config.run.dir) == (3, f"{run}/seed-3")
-    assert [line["job"] for line in events(run / "seed-3", "begin")] == ["7_3"]
+    config = load_config(
+        words[words.index("node") + 1], [word for word in words if "=" in word and "." in word.split("=")[0]]
+    )
+    assert (config.optimizer.learning_rate, config.run.dir) == (3e-3, f"{out}/trials/2/run")
+    assert events(out / "trials" / "2" / "run", "end")[0]["why"] == "finished"
+    assert pretrain([str(word) for word in [*plan[:-1], "--keep", "1", "--plan"]]) == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '["x", 1, 2]', "[[1]]"])
+def test_a_plan_that_is_none_is_refused(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    assert launched("slurm", tmp_path, *SIZE) == 2 and "is no plan of a sweep" in capsys.readouterr().err

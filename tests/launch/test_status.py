@@ -135,9 +135,9 @@ def test_a_run_that_no_launcher_started_is_told_by_what_it_left(slurm: Slurm, ru
 
 def test_a_folder_of_seeds_stands_for_each(slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (2, 10):
-        (tmp_path / "seeds" / f"seed-{seed}").mkdir(parents=True)
-        begin(tmp_path / "seeds" / f"seed-{seed}", job=f"12_{seed}")
-    attempts.note(tmp_path / "seeds", "submitted", submission="s", jobs=["12"])
+        run = tmp_path / "seeds" / f"seed-{seed}"
+        attempts.note(run, "submitted", submission="s", jobs=[f"12_{seed}"], logs=str(tmp_path / "seeds" / "logs"))
+        begin(run, job=f"12_{seed}")
     (slurm.folder / "queue").write_text("12|12_10|RUNNING|None|n1\n")
     assert launched("status", tmp_path / "seeds", "--json") == 0
     two, ten = (json.loads(line) for line in capsys.readouterr().out.splitlines())

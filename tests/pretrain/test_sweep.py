@@ -51,7 +51,7 @@ def test_a_range_needs_a_number_of_draws() -> None:
 
 
 def options(**values: Any) -> Namespace:
-    return Namespace(**{"keep": None, "at": 0.3, "halving": False, **values})
+    return Namespace(**{"keep": None, "at": 0.3, "halving": False, "plan": False, **values})
 
 
 def test_rungs() -> None:
