@@ -234,6 +234,17 @@ def test_dead_nodes_are_bounded_too(slurm: Slurm, tmp_path: Path) -> None:
     assert slurm.attempt(run, "exit 0", restart=2) == 1 and "2 attempts failed" in slurm.told
 
 
+@pytest.mark.parametrize(("saves", "third"), [(True, 143), (False, 1)])
+def test_a_preempted_attempt_has_failed_if_it_saved_nothing(
+    slurm: Slurm, tmp_path: Path, saves: bool, third: int
+) -> None:
+    run = tmp_path / "run"
+    assert launched("slurm", CONFIG, *SIZE, *LAYOUT, "--max-attempts", "2", "run.dir=run") == 0
+    (slurm.folder / "state").write_text("PREEMPTED")
+    steps = [f"{f'save 0000000{number};' if saves else ''} exit 143" for number in range(1, 4)]
+    assert [slurm.attempt(run, step, restart=n) for n, step in enumerate(steps)] == [143, 143, third], slurm.told
+
+
 def test_a_chain_goes_on_in_its_next_job_until_nothing_is_left(slurm: Slurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert launched("slurm", CONFIG, *SIZE, *LAYOUT, "--chain", "3", "run.dir=run") == 0
