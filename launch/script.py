@@ -151,7 +151,7 @@ def _settings(job: Job) -> Iterator[str]:
         yield (
             f"export {name}={shlex.quote(value)}"
             if equals
-            else f"export {name}  # as it was where the job was submitted"
+            else f"export {name} # as it was where the job was submitted"
         )
     if job.setup is not None:
         yield f"source {shlex.quote(str(job.setup))} || exit"
@@ -170,9 +170,14 @@ def _settings(job: Job) -> Iterator[str]:
     yield f"names=({shlex.join(variable.partition('=')[0] for variable in job.environment)})"
     yield f"mounts=({shlex.join(map(str, job.mounts))})"
     yield f"command=({_wrapped(job.command)})"
+    if job.members:
+        yield from _members(job.members)
+
+
+def _members(members: Sequence[Member]) -> Iterator[str]:
     yield "member() { # NUMBER of the array's: its folder, and what is its own"
     yield "    case $1 in"
-    for member in job.members:
+    for member in members:
         yield f"        {member.number}) run={shlex.quote(str(member.folder))} command+=({shlex.join(member.words)}) ;;"
     yield '        *) die "$1 is none of this array" ;;'
     yield "    esac"
