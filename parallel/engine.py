@@ -59,6 +59,7 @@ class Share:
 
 class Engine(Protocol):
     replicated: bool  # every replica keeps all that learns, and all of its optimizer
+    optimizer: AdamW  # that the masters are given to, whole or in shares
 
     @property
     def modules(self) -> Sequence[Any]:

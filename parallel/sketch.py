@@ -39,7 +39,7 @@ def sketches(engine: Engine, grid: Grid, kind: str) -> dict[str, Sketch]:
         values = share.master if kind == "weight" else share.moments.get(kind)
         if values is None:
             continue
-        for name, piece, first, last in _intervals(share):
+        for name, piece, first, last in intervals(share):
             total = found.setdefault(name, torch.zeros(BUCKETS, dtype=torch.float64, device=values.device))
             if ours:
                 _add(total, values, share, piece, name, first, last)
@@ -68,7 +68,7 @@ def _everywhere(value: Any, grid: Grid) -> list[Any]:
     return values
 
 
-def _intervals(share: Share) -> Iterator[tuple[str, Piece, int, int]]:
+def intervals(share: Share) -> Iterator[tuple[str, Piece, int, int]]:
     """(canonical name, piece, first, past the last) of the flattened local parameter's elements that the share has."""
     length = math.prod(share.parameter.local_shape[1:])  # type: ignore[attr-defined]
     for piece in share.parameter.pieces:  # type: ignore[attr-defined]

@@ -1,58 +1,23 @@
-"""TensorBoard files of a run: scalars in six groups, text by the model, attention maps, the config, and hyperparameters.
-
-train/       loss, grad_norm, learning_rate, batch_size, of several phases seq_length; each term of the loss where there
-             are several
-speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, mfu and hfu where the device's peak
-             is known
-memory/      gibibytes
-data/        wait_seconds a step, epochs
-checkpoint/  stall_seconds, write_seconds
-validation/  loss, bits_per_byte; accuracies, a task's metrics
-"""
+"""TensorBoard files of a run: scalars and the charts that stand first (`pretrain.charts`), what happened when, texts by
+the model, attention maps, norms and histograms of weights, the config, and hyperparameters."""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from parallel.statistics import Histogram
+from pretrain.charts import EVENTS, FOLDER, TRAINING, VALIDATION, layout, tag_of
 from pretrain.config.load import dump_config
 from pretrain.config.run import Config
+from pretrain.eventfiles import cut_back
 
-METRIC = "validation/loss"
 UNTABLED = str.maketrans({"|": "\u2502", "`": "\u02cb", "\n": "\u21b5", "\r": "\u21b5", "\t": "\u21e5", " ": "\u2423"})
-GROUPS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "batch_size": "train/batch_size",
-    "seq_length": "train/seq_length",
-    "tokens_per_second": "speed/tokens_per_second",
-    "examples_per_second": "speed/examples_per_second",
-    "step_seconds": "speed/step_seconds",
-    "mfu": "speed/mfu",
-    "hfu": "speed/hfu",
-    "data_seconds": "data/wait_seconds",
-    "epochs": "data/epochs",
-    "checkpoint_stall_seconds": "checkpoint/stall_seconds",
-    "checkpoint_write_seconds": "checkpoint/write_seconds",
-    "validation_loss": METRIC,
-    "bits_per_byte": "validation/bits_per_byte",
-}
-
-
-def tag_of(name: str) -> str | None:
-    """A field's place in a group; what else is measured of a model stands beside its loss."""
-    if name in GROUPS:
-        return GROUPS[name]
-    if name.startswith("validation_") and name != "validation_targets":
-        return f"validation/{name.removeprefix('validation_')}"
-    return f"train/{name}" if name.endswith("_loss") else None
 
 
 class Board:
@@ -60,22 +25,46 @@ class Board:
 
     def __init__(self, config: Config, step: int, parameters: int) -> None:
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
-        folder = Path(config.run.dir) / "tensorboard"
-        cut_back(folder, step)
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+        self.config, self.parameters = config, parameters
+        self.folder = Path(config.run.dir) / FOLDER
+        self._happened: set[str] = set()  # since the last point of the timeline
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        config = self.config
+        cut_back(self.folder, step)
+        self._writer = SummaryWriter(str(self.folder), flush_secs=10)
         self._writer.add_text("config", _as_code(dump_config(config)))
-        settings = {**_hyperparameters(config), "parameters": parameters}
-        start, begun, self._ended = hparams(settings, {METRIC: 0.0} if config.data.validation else {"train/loss": 0.0})
+        scores = config.objective.kind != "causal"
+        self._writer.add_custom_scalars(layout(scores, config.monitor.norms_every is not None))
+        settings = {**_hyperparameters(config), "parameters": self.parameters}
+        start, begun, self._ended = hparams(settings, {VALIDATION if config.data.validation else TRAINING: 0.0})
         for summary in (start, begun):
             self._writer._get_file_writer().add_summary(summary)
 
-    def scalars(self, step: int, fields: dict[str, Any]) -> None:
+    def set_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what lies beyond it goes, while TensorBoard may be looking."""
+        self._writer.close()
+        self._happened.clear()
+        self._begin(step)
+
+    def scalars(self, step: int, fields: Mapping[str, Any]) -> None:
         """Those of the fields that have a place in a group."""
         for name, value in fields.items():
             if tag := tag_of(name):
                 self._writer.add_scalar(tag, value, step)
-        if "memory_bytes" in fields:
-            self._writer.add_scalar("memory/gibibytes", fields["memory_bytes"] / 2**30, step)
+
+    def event(self, kind: str, step: int, words: str) -> None:
+        """Something happened, one of EVENTS: told at its step, and a 1 at the timeline's next point."""
+        assert kind in EVENTS, kind
+        self._happened.add(kind)
+        self._writer.add_text(f"timeline/{kind}", _as_code(words), step)
+
+    def timeline(self, step: int) -> None:
+        """The timeline's point at this step, one for every point of the loss."""
+        for kind in EVENTS:
+            self._writer.add_scalar(f"timeline/{kind}", float(kind in self._happened), step)
+        self._happened.clear()
 
     def text(self, step: int, text: str) -> None:
         self._writer.add_text("samples", _as_code(text), step)
@@ -89,6 +78,30 @@ class Board:
         names = " | ".join(f"`{token.translate(UNTABLED)}`" for token in tokens)
         rule = " | ".join("---" for _ in tokens)
         self._writer.add_text("attention/tokens", f"| {numbers} |\n| {rule} |\n| {names} |", step)
+
+    def norms(self, step: int, gradients: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """By layer or weight."""
+        for group, norms in (("weight_gradient_norm", gradients), ("weight_norm", weights)):
+            for name, norm in norms.items():
+                self._writer.add_scalar(f"{group}/{name}", norm, step)
+
+    def histograms(self, step: int, gradients: Mapping[str, Histogram], weights: Mapping[str, Histogram]) -> None:
+        """By layer or weight."""
+        for group, histograms in (("weight_gradient", gradients), ("weight", weights)):
+            for name, found in histograms.items():
+                if not found.counts:
+                    continue
+                self._writer.add_histogram_raw(
+                    f"{group}/{name}",
+                    found.edges[0],
+                    found.edges[-1],
+                    sum(found.counts),
+                    found.sum,
+                    found.square_sum,
+                    found.edges[1:],
+                    found.counts,
+                    step,
+                )
 
     def flush(self) -> None:
         """Bring the events to the disk."""
@@ -122,49 +135,3 @@ def _hyperparameters(config: Config) -> dict[str, Any]:
             if isinstance(value, str | int | float | bool):
                 found[f"{section}.{name}"] = value
     return {**found, "data.seq_length": config.data.seq_length, "run.seed": config.run.seed}
-
-
-# -- setting back ----------------------------------------------------------------------------------------------------
-
-
-def cut_back(folder: Path, step: int) -> None:
-    """Leave the scalars and texts up to `step` in one file, in place of all that are there; at step 0, nothing. The
-    config and hyperparameters go too: a run that begins writes them again."""
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    if not files:
-        return
-    partial = folder / ".partial"
-    if step:
-        _copy(files, partial, step)
-        os.replace(partial, files.pop(0))
-    for file in files:
-        file.unlink()
-
-
-def _copy(files: list[Path], target: Path, step: int) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    with open(target, "wb") as out:
-        writer = RecordWriter(out)
-        for record in _kept(files, step):
-            writer.write(record)
-        writer.flush()
-
-
-def _kept(files: list[Path], step: int) -> Iterator[bytes]:
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    versions = 0
-    for file in files:
-        for record in RawEventFileLoader(str(file)).Load():  # ends at a record that is not whole
-            event = Event.FromString(record)
-            tags = [value.tag for value in event.summary.value]
-            version = event.HasField("file_version")
-            versions += version
-            if (version and versions == 1) or (tags and event.step <= step and not any(map(_begins, tags))):
-                yield record
-
-
-def _begins(tag: str) -> bool:
-    return tag.startswith(("_hparams_", "config"))

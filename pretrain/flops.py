@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from pretrain.config.model import GATED, ModelConfig
+from pretrain.config.run import Config
 
 FORWARD_AND_BACKWARD = 3  # the backward pass has two products for each of the forward pass: by weights, by activations
 
@@ -139,3 +140,14 @@ def peak_flops(device: torch.device, compute: str, given_tflops: float | None) -
     if re.search(r"\b(MIG|Laptop|Max-Q|D|Ti)\b", name):  # a part of the device, or a slower one of the same name
         return None
     return next((peak * 1e12 for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def needed_flops(config: Config, vocab_size: int) -> dict[str, float]:
+    """Of a token of training: what the model needs, and what is computed."""
+    length, objective = config.data.seq_length, config.objective
+    shape, predicted = (config.model, vocab_size, length), objective.predicted(length) / length
+    lengths = objective.lengths(length) if config.model.kind == "encoder-decoder" else None
+    return {
+        "mfu": flops_per_token(*shape, predicted, lengths),
+        "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
+    }

@@ -23,7 +23,8 @@ from pretrain.board import Board
 from pretrain.checkpoint import State
 from pretrain.config.folder import SUMMARY
 from pretrain.config.run import Config
-from pretrain.flops import flops_per_token, hardware_flops_per_token, peak_flops
+from pretrain.flops import needed_flops, peak_flops
+from pretrain.gauges import Histograms, Norms
 from pretrain.metrics import Metrics, finite
 from pretrain.results import RESULT, of_run, validations, write_result
 from pretrain.saving import Saved
@@ -79,6 +80,15 @@ class Silent:
 
     def attention(self, step: int, images: dict[int, Any], tokens: Sequence[str]) -> None:
         """As `pretrain.board.Board.attention`."""
+
+    def norms(self, step: int, norms: Norms) -> None:
+        """Of weights and gradients."""
+
+    def histograms(self, step: int, histograms: Histograms) -> None:
+        """Of weights and gradients."""
+
+    def event(self, kind: str, step: int, words: str) -> None:
+        """What TensorBoard's timeline marks, one of `pretrain.charts.EVENTS`."""
 
     def flush(self) -> None:
         """Bring to the disk what was reported so far."""
@@ -159,6 +169,8 @@ class Reporter(Silent):
         self.metrics = Metrics(self.folder, state.step)
         if self.config.monitor.tensorboard:
             self.board = Board(self.config, state.step, self.facts.parameters)
+        if state.step:
+            self.event("resume", state.step, self._resumed(state))
         self.terminal.say(*self._introduction(state))
         self.terminal.start(state.step)
         self.rates.clear()
@@ -184,11 +196,14 @@ class Reporter(Silent):
         for reason in facts.passed_over:
             yield f"  not {reason}"
         if state.step:
-            yield f"going on after step {state.step:,}"
+            yield self._resumed(state)
         if len(self.plan.phases) > 1:
             yield self._phase(self.plan.phase(state.step))
             if self.plan.phase(steps - 1) < len(self.plan.phases) - 1:
                 yield f"warning: schedule.total ends before a step is of data.seq_length {config.data.seq_length}"
+
+    def _resumed(self, state: State) -> str:
+        return f"going on after step {state.step:,}"
 
     def _phase(self, number: int) -> str:
         of, phases = self.plan.phases[number], len(self.plan.phases)
@@ -229,7 +244,10 @@ class Reporter(Silent):
         self.trained_seconds += self.rates.seconds
         self.metrics.write(fields)
         if self.board is not None:
-            self.board.scalars(fields["step"], {**fields, "epochs": self.plan.epochs_before(fields["step"])})
+            step = fields["step"]
+            more = {"epochs": self.plan.epochs_before(step), "memory_gibibytes": fields["memory_bytes"] / 2**30}
+            self.board.scalars(step, {**fields, **more})
+            self.board.timeline(step)
         self.latest = fields
         self.terminal.log(fields)
         self.rates.clear()
@@ -273,6 +291,18 @@ class Reporter(Silent):
         if self.board is not None:
             self.board.attention(step, images, tokens)
 
+    def norms(self, step: int, norms: Norms) -> None:
+        if self.board is not None:
+            self.board.norms(step, *norms)
+
+    def histograms(self, step: int, histograms: Histograms) -> None:
+        if self.board is not None:
+            self.board.histograms(step, *histograms)
+
+    def event(self, kind: str, step: int, words: str) -> None:
+        if self.board is not None:
+            self.board.event(kind, step, words)
+
     def flush(self) -> None:
         if self.metrics is not None:
             self.metrics.flush()
@@ -289,7 +319,9 @@ class Reporter(Silent):
 
     def saved(self, saved: Saved) -> None:
         times = f"stood still {saved.stall_seconds:.2f} s, written in {saved.write_seconds:.1f} s"
-        self.terminal.say(f"step {saved.step:,}: saved ({saved.bytes / 1e6:,.0f} MB, {times})")
+        told = f"step {saved.step:,}: saved ({saved.bytes / 1e6:,.0f} MB, {times})"
+        self.terminal.say(told)
+        self.event("checkpoint", saved.step, told)
         if saved.unremoved:
             self.warn(f"an old checkpoint cannot be removed: {saved.unremoved}")
         self.saves = {
@@ -354,17 +386,6 @@ class Reporter(Silent):
         if reason == "stopped":
             yield f"stopped after step {state.step:,}, which is saved{told}. Go on with"
             yield f"  python -m pretrain train {self.folder}"
-
-
-def needed_flops(config: Config, vocab_size: int) -> dict[str, float]:
-    """Of a token of training: what the model needs, and what is computed."""
-    length, objective = config.data.seq_length, config.objective
-    shape, predicted = (config.model, vocab_size, length), objective.predicted(length) / length
-    lengths = objective.lengths(length) if config.model.kind == "encoder-decoder" else None
-    return {
-        "mfu": flops_per_token(*shape, predicted, lengths),
-        "hfu": hardware_flops_per_token(*shape, config.parallel.recompute, predicted, lengths),
-    }
 
 
 def short(count: float) -> str:

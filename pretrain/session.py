@@ -15,7 +15,6 @@ from pretrain.data.sources import Sources
 from pretrain.errors import Exit
 from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
-from pretrain.profile import Profile
 from pretrain.report import Facts, Reporter, Silent
 from pretrain.sizes import parameters_of
 from pretrain.train import Run, train
@@ -44,9 +43,7 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     config = choose_precision(config, grid)
     run = Run(config, grid, sources, interrupt)
     run.heartbeat = heartbeat
-    if profile is not None:
-        run.profile = Profile(profile, grid, run.folder)
-        run.built.schedule.phase = run.profile.phase
+    run.profile.first = profile
     reporter = Reporter(config, grid, facts_of(run)) if grid.rank == 0 else Silent()
     with run.disk_may_fill(), reporter as run.reporter:
         run.resume()

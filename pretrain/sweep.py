@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -27,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.charts import FOLDER
 from pretrain.config import yaml
 from pretrain.config.load import load_config
 from pretrain.config.run import Config
@@ -371,11 +373,12 @@ def _words(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _to_board(out: Path, result: dict[str, Any], config: Config) -> None:
-    """Hyperparameters beside scores; the expected best of n runs as a curve over n."""
+    """Hyperparameters beside scores; the expected best of n runs as a curve over n. In place of what was there."""
     from torch.utils.tensorboard import SummaryWriter
 
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
     name = f"sweep/{result['metric']}"
-    with SummaryWriter(str(out / "tensorboard")) as writer:
+    with SummaryWriter(str(out / FOLDER)) as writer:
         for n, value in enumerate(result["expected_best"], start=1):
             writer.add_scalar("sweep/expected_best_of_n", value, n)
         for trial in result["trials"]:

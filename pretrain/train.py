@@ -39,7 +39,7 @@ from pretrain.interrupt import Interrupt
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.labelled import Labelled
-from pretrain.profile import Unprofiled
+from pretrain.profile import Profiler
 from pretrain.report import Silent
 from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
@@ -74,10 +74,7 @@ def train(run: Run) -> str:
         run.end_step()
         if run.due(run.config.monitor.validate_every) or run.at_end:
             run.validate()
-        if run.due(run.config.monitor.sample_every):
-            run.sample()
-        if run.due(run.config.monitor.attention_every):
-            run.draw_attention()
+        run.show()
         reason = run.ending(data.stop or run.asked_alone)
         if reason or run.to_be_kept or run.due(run.config.checkpoint.every):
             run.save()
@@ -94,15 +91,15 @@ class Run:
         self.config, self.grid, self.sources, self.interrupt = config, grid, sources, interrupt
         self.reporter = Silent()
         self.heartbeat = Heartbeat()
-        self.profile = Unprofiled()
         self.folder = Path(config.run.dir)
+        self.profile = Profiler(grid, self.folder)
         self.plan = Plan(config, sources.train.samples_per_epoch)
         self.tokenizer = sources.tokenizer
         self.objective: Objective = objective_for(config, sources)
         self.frozen = frozen_weights(config, sources.sizes)
         self.start = start_of(config, grid, self.frozen, None if sources.task is None else sources.task.labels)
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
-        self.engine = self.built.engine
+        self.engine, self.built.schedule.phase = self.built.engine, self.profile.phase
         self.saver = Saver(self.folder, grid)
         self.validation = self._validation()
         self.showing = Showing(config, grid, sources, self.objective, self.built)
@@ -143,7 +140,7 @@ class Run:
         try:
             while self.state.step < end:
                 self.heartbeat.mark(self.state.step + 1, "data")
-                self.profile.begin_step()
+                self.profile.begin_step(self.state.step + 1)
                 with self.profile.phase("data"):
                     started = time.perf_counter()
                     numbers, tokens = next(source)
@@ -159,10 +156,14 @@ class Run:
         made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
-        told = self.grid.total_on_host(*counted.numpy().tolist(), self.interrupt.asked, self.saver.failed)
-        *targets, stop, failed = told
+        told = self.grid.total_on_host(
+            *counted.numpy().tolist(), self.interrupt.asked, self.saver.failed, self.profile.asked()
+        )
+        *targets, stop, failed, profile = told
         if failed:
             self.finish_saving()  # which raises
+        if profile:
+            self.reporter.say(self.profile.ask(self.state.step + 1, self.plan.total_steps))
         batches = [batch.to(self.grid.device) for batch in made]
         return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
 
@@ -179,7 +180,7 @@ class Run:
 
     def update(self) -> Step:
         self.heartbeat.mark(self.state.step + 1, "optimizer step")
-        with self.profile.phase("optimizer"):
+        with self.profile.phase("optimizer"), self.showing.gauges.watching(self.due_next):
             return self.engine.step(self.learning_rate())
 
     def learning_rate(self) -> float:
@@ -208,10 +209,12 @@ class Run:
             skipped = (
                 "the step is skipped" if steps == 1 else f"{steps - updates} of the last {steps} steps are skipped"
             )
-            self.reporter.warn(
+            told = (
                 f"step {self.state.step}: no finite gradient norm, {skipped} "
                 f"({self.state.bad_steps} in a row, the run stops at {self.config.run.max_bad_steps})"
             )
+            self.reporter.warn(told)
+            self.reporter.event("skip", self.state.step, told)
 
     # -- what happens between steps ----------------------------------------------------------------------------------
 
@@ -221,6 +224,10 @@ class Run:
 
     def due(self, every: Span | None) -> bool:
         return self.plan.due(every, self.before.step, self.state.step)
+
+    def due_next(self, every: Span | None) -> bool:
+        """Whether an interval ends with the step that is under way."""
+        return self.plan.due(every, self.state.step, self.state.step + 1)
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
         self.reporter.step_done(self.state.step, data.waited)
@@ -277,25 +284,10 @@ class Run:
         )
         self.reporter.validation(self.state.step, self.plan.tokens_before(self.state.step), result)
 
-    def sample(self) -> None:
-        """A text by the model as it is, to TensorBoard."""
-        if not self.showing.is_possible:
-            return
-        self.heartbeat.mark(self.state.step, "sample")
-        self.built.train(False)
+    def show(self) -> None:
+        """Texts, attention, norms and histograms that are due, to TensorBoard."""
         with self.reporter.pause():
-            text = self.showing.text()
-        self.reporter.text(self.state.step, text)
-
-    def draw_attention(self) -> None:
-        """What each head looks at in the chosen sample, to TensorBoard."""
-        if not self.showing.is_possible:
-            return
-        self.heartbeat.mark(self.state.step, "attention maps")
-        self.built.train(False)
-        with self.reporter.pause():
-            images, tokens = self.showing.maps()
-        self.reporter.attention(self.state.step, images, tokens)
+            self.showing.show(self.state.step, self.due, self.reporter, self.heartbeat)
 
     @property
     def to_be_kept(self) -> bool:
@@ -408,7 +400,8 @@ class Run:
             self.bad_steps.fill_(found.state.bad_steps)
         if self.ending(stop=False):
             return
-        self.profile.start(self.state.step, self.plan.total_steps - self.state.step)
+        left, chosen = self.plan.total_steps - self.state.step, self.config.monitor.profile_steps
+        self.profile.start(self.state.step, left, chosen)
         runs.claim_folder(self.config, self.grid, self.sources)
         self.reporter.begin(self.state)
         for line in self.showing.unmet():

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from pretrain.commands.adding import Add
-from pretrain.config.profile import add_profile_option, check_profile
+from pretrain.config.profile import add_profile_option, check_profiled
 from pretrain.errors import UserError
 
 
@@ -33,11 +33,12 @@ def _train(args: argparse.Namespace) -> int:
 
     config = open_config(args.config, args.overrides, rank_and_world()[1])
     sources = Sources.open(config)
-    if args.profile is not None:
+    if args.profile is not None or config.monitor.profile_steps is not None:
         from pretrain.schedule import Plan
 
-        check_profile(args.profile, Plan(config, sources.train.samples_per_epoch).total_steps)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
+        total = Plan(config, sources.train.samples_per_epoch).total_steps
+        check_profiled(args.profile, config.monitor.profile_steps, total)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes when it starts and stops
     from pretrain import session
 
     return session.main(config, sources, args.profile)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from pathlib import Path
 
 from pretrain.commands.adding import Add
 from pretrain.errors import UserError
@@ -54,15 +51,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _tensorboard(args: argparse.Namespace) -> int:
-    folders = {run: Path(run) / "tensorboard" for run in args.runs}
-    missing = [run for run, folder in folders.items() if not folder.is_dir()]
-    if missing:
-        raise UserError(
-            f"no TensorBoard files in {', '.join(missing)}: these are no runs' folders, or monitor.tensorboard is off"
-        )
-    names = ",".join(f"{Path(run).resolve().name}:{folder}" for run, folder in folders.items())
-    command = ["-m", "tensorboard.main", "--logdir_spec", names, "--port", str(args.port), "--host", args.host]
-    os.execv(sys.executable, [sys.executable, *command])
+    from pretrain import viewer
+
+    return viewer.main(args)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
@@ -187,14 +178,15 @@ def _inspect_options(add: Add) -> None:
 
 
 def _tensorboard_options(add: Add) -> None:
-    board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo")
-    board.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, side by side")
-    board.add_argument("--port", type=int, default=6006, metavar="N", help="where it listens (default: 6006)")
+    board = add("tensorboard", _tensorboard, "Open TensorBoard on runs.", "tensorboard runs/demo runs/other")
+    text = "folders of runs, side by side; of a sweep its own, or its runs' (DIR/trials/*/run)"
+    board.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    board.add_argument("--port", type=int, metavar="N", help="where it listens (default: the first free from 6006 on)")
     board.add_argument(
         "--host",
-        default="localhost",
+        default="127.0.0.1",
         metavar="NAME",
-        help="who may connect: 0.0.0.0 for all (default: localhost, this machine)",
+        help="where it listens: 0.0.0.0 lets everyone in (default: 127.0.0.1, this machine alone)",
     )
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal
+
+from parallel.layout import Problem
 from pretrain.config.duration import Interval, Span
+from pretrain.config.profile import MOST
 from pretrain.config.section import Section, meaning
 
 
@@ -29,9 +34,29 @@ class MonitorConfig(Section):
     attention_layers: list[int] | None = meaning(
         None, "numbers of the layers that are drawn, from 0; null: four of them, from the first to the last"
     )
+    norms_every: Interval | None = meaning(
+        None, "between norms of weights and of their gradients, before clipping, in TensorBoard; null: none"
+    )
+    histograms_every: Interval | None = meaning(
+        None, "between histograms of weights and of their gradients in TensorBoard; null: none"
+    )
+    norms_by: Literal["layer", "weight"] = meaning("layer", "one norm and histogram a layer, or one a weight")
+    profile_steps: list[int] | None = meaning(
+        None, f"first and last step, up to {MOST} of them, to profile: where their time went, and a trace; null: none"
+    )
     tensorboard: bool = meaning(True, "write TensorBoard files into the run's folder")
     peak_tflops: float | None = meaning(
         None,
         "this device's peak in TFLOP/s at precision.compute, for MFU; null: known for some GPUs, else no MFU",
         gt=0,
     )
+
+    def problems(self) -> Iterator[Problem]:
+        chosen = self.profile_steps
+        if chosen is not None and not (len(chosen) == 2 and 2 <= chosen[0] <= chosen[1] < chosen[0] + MOST):
+            found = f"{chosen} is no [first, last] of at most {MOST} steps, the first of them 2 or later"
+            yield Problem("profile_steps", found, "write for example [100, 104]")
+        for name in ("attention_every", "norms_every", "histograms_every"):
+            if getattr(self, name) is not None and not self.tensorboard:
+                found = "goes into TensorBoard, which monitor.tensorboard turns off"
+                yield Problem(name, found, "turn it on, or remove this")

@@ -1,4 +1,4 @@
-"""The option --profile of `train` and of the launcher, and the runs that are too short for it."""
+"""The option --profile of `train` and of the launcher, `monitor.profile_steps`, and the runs that are too short for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from pretrain.errors import UserError
 
 DEFAULT = 5  # steps that are measured
+MOST = 20  # steps of monitor.profile_steps: each is megabytes of trace
 WARM_UP = 3  # steps before them: the first compiles, and through the last the profiler itself warms up
 
 
@@ -30,6 +31,16 @@ def check_profile(steps: int, left: int) -> None:
             f"--profile: {steps} steps after {WARM_UP} to warm up are {WARM_UP + steps}, but the run has only {left} to go "
             f"(schedule.total): {most}"
         )
+
+
+def check_profiled(first: int | None, steps: list[int] | None, total: int) -> None:
+    """The same for a run of so many steps that begins. first: of --profile; steps: `monitor.profile_steps`."""
+    if first is not None and steps is not None:
+        raise UserError("--profile: monitor.profile_steps names steps too; give one of them")
+    if first is not None:
+        check_profile(first, total)
+    if steps is not None and steps[1] > total:
+        raise UserError(f"monitor.profile_steps: {steps} goes beyond the run's {total} steps (schedule.total)")
 
 
 def _steps(text: str) -> int:

@@ -156,9 +156,6 @@ class Config(Section):
             return
         if self.model.kind not in ("gpt", "bert"):
             yield Problem("monitor.attention_every", f"draws no {self.model.kind}, but gpt and bert", "remove it")
-        if not monitor.tensorboard:
-            found = "draws into TensorBoard, which monitor.tensorboard turns off"
-            yield Problem("monitor.attention_every", found, "turn it on, or remove this")
         if not monitor.sample_prompt and self.data.validation is None:
             yield Problem("monitor.attention_every", "needs a sample", "set monitor.sample_prompt, or data.validation")
 

@@ -195,7 +195,7 @@ def test_where_no_process_has_all_layers_it_says_so(tmp_path: Path, tiny_data: P
     [
         (("monitor.attention_layers=[2]",), "monitor.attention_layers: [2]"),
         (("data.validation=null", "monitor.validate_every=null"), "monitor.attention_every: needs a sample"),
-        (("monitor.tensorboard=false",), "monitor.attention_every: draws into TensorBoard"),
+        (("monitor.tensorboard=false",), "monitor.attention_every: goes into TensorBoard"),
     ],
 )
 def test_what_has_no_effect_is_refused(overrides: tuple[str, ...], words: str, tmp_path: Path, tiny_data: Path) -> None:

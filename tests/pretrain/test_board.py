@@ -14,11 +14,12 @@ from tests.pretrain import running
 from tests.pretrain.running import train
 
 TAGS = {
-    *("train/loss", "train/grad_norm", "train/learning_rate", "train/batch_size"),
+    *("loss/train", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/batch_size"),
     *("speed/tokens_per_second", "speed/step_seconds", "speed/mfu", "speed/hfu"),
-    *("memory/gibibytes", "data/wait_seconds", "data/epochs"),
-    *("checkpoint/stall_seconds", "checkpoint/write_seconds"),
-    *("validation/loss", "validation/bits_per_byte"),
+    *("system/memory_gibibytes", "speed/data_wait_seconds", "optimizer/epochs"),
+    *("system/checkpoint_stall_seconds", "system/checkpoint_write_seconds"),
+    *("loss/validation", "loss/bits_per_byte"),
+    *("timeline/checkpoint", "timeline/resume", "timeline/skip"),
 }
 
 
@@ -50,18 +51,18 @@ def test_there_is_every_group_and_no_other(events: EventAccumulator) -> None:
 @pytest.mark.parametrize(
     ("tag", "field", "scale"),
     [
-        ("train/loss", "loss", 1),
-        ("train/grad_norm", "grad_norm", 1),
-        ("train/learning_rate", "learning_rate", 1),
-        ("train/batch_size", "batch_size", 1),
+        ("loss/train", "loss", 1),
+        ("optimizer/grad_norm", "grad_norm", 1),
+        ("optimizer/learning_rate", "learning_rate", 1),
+        ("optimizer/batch_size", "batch_size", 1),
         ("speed/tokens_per_second", "tokens_per_second", 1),
         ("speed/step_seconds", "step_seconds", 1),
         ("speed/mfu", "mfu", 1),
         ("speed/hfu", "hfu", 1),
-        ("data/wait_seconds", "data_seconds", 1),
-        ("memory/gibibytes", "memory_bytes", 2**-30),
-        ("validation/loss", "validation_loss", 1),
-        ("validation/bits_per_byte", "bits_per_byte", 1),
+        ("speed/data_wait_seconds", "data_seconds", 1),
+        ("system/memory_gibibytes", "memory_bytes", 2**-30),
+        ("loss/validation", "validation_loss", 1),
+        ("loss/bits_per_byte", "bits_per_byte", 1),
     ],
 )
 def test_scalars_are_those_of_the_metrics_at_their_steps(run: Path, tag: str, field: str, scale: float) -> None:
@@ -78,7 +79,7 @@ def test_epochs_are_samples_over_the_samples_of_the_shards(run: Path, tiny_data:
     samples = (manifest["tokens"] - 1) // 32  # 32 divides the chunks
     lines = [line for line in running.lines_of(run) if "loss" in line]
     expected = [line["samples"] / samples for line in lines]
-    assert [value for _, value in running.scalars_of(run)["data/epochs"]] == pytest.approx(expected, rel=1e-6)
+    assert [value for _, value in running.scalars_of(run)["optimizer/epochs"]] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_config_is_there_as_it_was_resolved(run: Path, events: EventAccumulator) -> None:
@@ -99,7 +100,7 @@ def test_texts_by_the_model_are_there(run: Path, events: EventAccumulator) -> No
 
 def test_hyperparameters_name_the_final_metric_and_the_run_that_ended(run: Path, events: EventAccumulator) -> None:
     experiment = hparams_of(events, EXPERIMENT_TAG).experiment
-    assert [info.name.tag for info in experiment.metric_infos] == ["validation/loss"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["loss/validation"]
     start = hparams_of(events, SESSION_START_INFO_TAG).session_start_info
     assert start.hparams["optimizer.learning_rate"].number_value == pytest.approx(1e-2)
     assert start.hparams["data.seq_length"].number_value == 32
@@ -109,7 +110,7 @@ def test_hyperparameters_name_the_final_metric_and_the_run_that_ended(run: Path,
     assert {info.name for info in experiment.hparam_infos} == set(start.hparams)
     assert hparams_of(events, SESSION_END_INFO_TAG).session_end_info.status == 1  # STATUS_SUCCESS
     last = [line["validation_loss"] for line in running.lines_of(run) if "validation_loss" in line][-1]
-    assert running.scalars_of(run)["validation/loss"][-1][1] == pytest.approx(last)
+    assert running.scalars_of(run)["loss/validation"][-1][1] == pytest.approx(last)
 
 
 def test_without_held_out_data_the_metric_is_the_training_loss(tmp_path: Path, tiny_data: Path) -> None:
@@ -118,8 +119,8 @@ def test_without_held_out_data_the_metric_is_the_training_loss(tmp_path: Path, t
     accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     accumulator.Reload()
     experiment = hparams_of(accumulator, EXPERIMENT_TAG).experiment
-    assert [info.name.tag for info in experiment.metric_infos] == ["train/loss"]
-    assert "validation/loss" not in accumulator.Tags()["scalars"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["loss/train"]
+    assert "loss/validation" not in accumulator.Tags()["scalars"]
 
 
 def test_no_files_where_it_is_off(tmp_path: Path, tiny_data: Path) -> None:

@@ -24,9 +24,9 @@ from pretrain.config.model import ModelConfig
 from pretrain.config.run import Config
 from pretrain.data.order import Order, Source
 from pretrain.data.sources import Sources
-from pretrain.flops import flops_per_token
+from pretrain.flops import flops_per_token, needed_flops
 from pretrain.models.gpt import GPT
-from pretrain.report import Rates, needed_flops
+from pretrain.report import Rates
 from tests.distributed import run_ranks
 from tests.pretrain import running
 from tests.training import write_config

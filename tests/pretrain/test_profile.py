@@ -38,7 +38,7 @@ def assert_sums_to_the_step(rows: dict[str, list[float]]) -> None:
 def ranges_of(run: Path, rank: int) -> dict[str, list[tuple[float, float]]]:
     """The named ranges of a rank's trace, in microseconds, read as what the viewers read."""
     found: dict[str, list[tuple[float, float]]] = {}
-    with gzip.open(run / "profile" / f"rank-{rank}.json.gz") as file:
+    with gzip.open(run / "tensorboard" / f"rank-{rank}.4.pt.trace.json.gz") as file:
         for event in json.load(file)["traceEvents"]:
             if event.get("cat") == "user_annotation":
                 found.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
@@ -93,7 +93,7 @@ def test_a_profiled_run_trains_the_same_and_its_steps_hold_all_passes_but_the_va
     times = [float(time.replace(",", "")) for _, time in listed]
     assert len(listed) == 10 and times == sorted(times, reverse=True) and times[0] > 0
     assert sum(name.startswith("aten::") for name, _ in listed) >= 5, "what the tensors were computed with"
-    assert f"its trace: {run / 'profile' / 'rank-0.json.gz'}; open it in https://ui.perfetto.dev" in ran.out
+    assert f" MB: {run / 'tensorboard' / 'rank-0.4.pt.trace.json.gz'}; open it in https://ui.perfetto.dev" in ran.out
 
 
 PLANTED = {
@@ -216,7 +216,7 @@ def test_a_finished_run_says_that_nothing_was_measured(tmp_path: Path, tiny_data
     assert ran.code == 0
     assert "nothing is left to do" in ran.out
     assert "warning: --profile: nothing was measured, the run was over before 5 steps were done" in ran.out
-    assert not (tmp_path / "run" / "profile").exists()
+    assert not list((tmp_path / "run").rglob("*.pt.trace.*"))
 
 
 def stop_in_step_5() -> None:

@@ -111,16 +111,22 @@ def test_metrics_and_tensorboard_hold_each_step_once(tmp_path: Path, tiny_data: 
         train_killed(tmp_path, tiny_data, BOARD, fault=partial(running.kill_in_step_with_lazy_board, step))
         reported = [line["step"] for line in running.lines_of(run) if "loss" in line]
         assert reported[: len(on_disk)] == on_disk and len(reported) == len(set(reported))
-        assert [at for at, _ in running.scalars_of(run)["train/loss"]][: len(on_disk)] == on_disk, "lost with the kill"
+        assert [at for at, _ in running.scalars_of(run)["loss/train"]][: len(on_disk)] == on_disk, "lost with the kill"
     assert train(tmp_path, tiny_data, BOARD).code == 0
     whole = uninterrupted(tiny_data)
     assert [line["step"] for line in running.lines_of(run) if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in running.lines_of(run) if "validation_loss" in line] == [0, 4, 8, 12]
     ours, theirs = running.scalars_of(run), running.scalars_of(whole)
     assert ours.keys() == theirs.keys()
-    for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "train/batch_size", "data/epochs"):
+    for tag in (
+        "loss/train",
+        "optimizer/grad_norm",
+        "optimizer/learning_rate",
+        "optimizer/batch_size",
+        "optimizer/epochs",
+    ):
         assert ours[tag] == theirs[tag]
-    assert ours["validation/loss"] == theirs["validation/loss"]
+    assert ours["loss/validation"] == theirs["loss/validation"]
 
 
 def test_an_unfinished_line_of_metrics_is_cut_off(tmp_path: Path, tiny_data: Path) -> None:

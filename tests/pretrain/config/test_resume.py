@@ -58,6 +58,7 @@ CANDIDATES = (
     *WORDS,
     "0.5 of total",
     ["a", "b"],
+    "weight",
     "other {text}",
     [{"seq_length": 8, "length": "3 steps"}],
 )
