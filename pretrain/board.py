@@ -33,7 +33,8 @@ class Board:
     def _begin(self, step: int) -> None:
         config = self.config
         cut_back(self.folder, step)
-        self._writer = SummaryWriter(str(self.folder), flush_secs=10)
+        # A TensorBoard that is looking forgets what it has read of later steps.
+        self._writer = SummaryWriter(str(self.folder), flush_secs=10, purge_step=step + 1 if step else 0)
         self._writer.add_text("config", _as_code(dump_config(config)))
         scores = config.objective.kind != "causal"
         self._writer.add_custom_scalars(layout(scores, config.monitor.norms_every is not None))

@@ -20,7 +20,13 @@ from tests.distributed import run_ranks
 from tests.training import start_run, write_config
 
 STEPS = 2
-OPTIONS = [f"schedule.total={STEPS} steps", "monitor.tensorboard=true", "model.num_layers=2", "batch.micro_size=2"]
+OPTIONS = [
+    f"schedule.total={STEPS} steps",
+    "monitor.tensorboard=true",
+    "model.num_layers=2",
+    "batch.micro_size=2",
+    "data.validation=null",
+]
 EVERY = ["monitor.norms_every=2 steps", "monitor.histograms_every=2 steps", "monitor.norms_by=weight"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from pretrain.board import Board
+from pretrain.config.run import Config
 from tests.pretrain import running
 from tests.pretrain.running import train
 
@@ -126,3 +129,87 @@ def test_without_held_out_data_the_metric_is_the_training_loss(tmp_path: Path, t
 def test_no_files_where_it_is_off(tmp_path: Path, tiny_data: Path) -> None:
     assert train(tmp_path, tiny_data, "monitor.tensorboard=false", "schedule.total=1 steps").code == 0
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+# -- what happened when ----------------------------------------------------------------------------------------------
+
+
+def poison_and_stop() -> None:
+    running.poison_steps(2, 1, float("nan"))
+    running.signal_in_step(5, signal.SIGTERM)
+
+
+def happened(run: Path, kind: str) -> list[int]:
+    """Steps of the timeline's points at which it is 1."""
+    points = running.scalars_of(run)[f"timeline/{kind}"]
+    assert {value for _, value in points} <= {0.0, 1.0}
+    return [step for step, value in points if value]
+
+
+def test_the_timeline_marks_a_skipped_step_each_checkpoint_and_where_the_run_went_on(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    """Step 2 is skipped; checkpoints of 3, 4 (validated best), and 5 where it is stopped; the new session begins behind it."""
+    run, options = tmp_path / "run", ("monitor.tensorboard=true", "schedule.total=8 steps")
+    assert train(tmp_path, tiny_data, *options, fault=poison_and_stop).code == 143
+    assert happened(run, "skip") == [2] and happened(run, "resume") == []
+    assert train(tmp_path, tiny_data, *options).code == 0
+    assert happened(run, "skip") == [2] and happened(run, "resume") == [6]
+    assert set(happened(run, "checkpoint")) <= {4, 5, 7, 8} and happened(run, "checkpoint")
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    texts = {kind: text_of(events, f"timeline/{kind}/text_summary") for kind in ("skip", "resume", "checkpoint")}
+    assert [step for step, _ in texts["skip"]] == [2] and "no finite gradient norm" in texts["skip"][0][1]
+    assert [(step, text.strip()) for step, text in texts["resume"]] == [(5, "going on after step 5")]
+    assert {step for step, _ in texts["checkpoint"]} >= {3, 4, 5, 6, 8}
+    assert [step for step, _ in running.scalars_of(run)["loss/train"]] == list(range(1, 9))
+
+
+def test_a_run_that_goes_back_has_each_step_once_for_new_eyes_and_for_open_ones(tmp_path: Path) -> None:
+    """Steps 1 to 6, then back to 3 and on to 5, while TensorBoard's own reader follows the folder."""
+    config = Config.model_validate({"run": {"dir": str(tmp_path)}})
+    board = Board(config, 0, 10)
+    open_eyes = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+
+    def write(steps: range, loss: float) -> None:
+        for step in steps:
+            board.scalars(step, {"loss": loss})
+            board.timeline(step)
+        board.flush()
+        open_eyes.Reload()
+
+    write(range(1, 7), 1.0)
+    board.set_back(3)
+    board.event("skip", 3, "gone back")
+    write(range(4, 6), 2.0)
+    board.close(ended=True)
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+    assert running.scalars_of(tmp_path)["loss/train"] == expected
+    assert [(event.step, event.value) for event in open_eyes.Scalars("loss/train")] == expected
+    assert happened(tmp_path, "skip") == [4]
+
+
+def test_layers_norms_and_histograms_are_there_at_their_steps_with_a_chart_of_their_own(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    options = ("monitor.tensorboard=true", "monitor.norms_every=4 steps", "monitor.histograms_every=8 steps")
+    assert train(tmp_path, tiny_data, *options, "schedule.total=8 steps").code == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    layers = {"embedding", "blocks.0", "blocks.1", "norm"}
+    for group in ("weight", "weight_gradient"):
+        tags = {tag.split("/")[1] for tag in events.Tags()["scalars"] if tag.startswith(f"{group}_norm/")}
+        assert (
+            tags == layers == {tag.split("/")[1] for tag in events.Tags()["histograms"] if tag.startswith(f"{group}/")}
+        )
+        assert [event.step for event in events.Scalars(f"{group}_norm/blocks.1")] == [4, 8]
+        [found] = events.Histograms(f"{group}/blocks.1")
+        assert found.step == 8 and sum(found.histogram_value.bucket) == found.histogram_value.num > 1000
+    text = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"norms of gradients" in text and b"weight_norm/" in text
+
+
+@pytest.mark.parametrize("field", ["norms_every", "histograms_every"])
+def test_what_would_go_into_a_board_that_is_off_is_refused(field: str, tmp_path: Path, tiny_data: Path) -> None:
+    ran = train(tmp_path, tiny_data, "monitor.tensorboard=false", f"monitor.{field}=2 steps")
+    running.assert_refused(ran, f"monitor.{field}: goes into TensorBoard")

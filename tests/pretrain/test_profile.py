@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,65 @@ def test_several_processes_tell_of_all_and_each_writes_its_trace(
         assert (talks > 0) == (axis == "tensor")
 
 
+# -- on demand -------------------------------------------------------------------------------------------------------
+
+
+def traces_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "tensorboard").glob("*.pt.trace.json.gz"))
+
+
+def make_request(run: str, step: int) -> None:
+    """RUN/profile is made in this step, and again in each after it until that is seen no more."""
+    from parallel.replicated import PlainEngine
+    from pretrain import profile
+
+    profile.LOOK_SECONDS, profile.KEPT, profile.DEFAULT = 0.0, 2, 1
+    for count in range(step, step + 11):
+        running._on_call(PlainEngine, "step", count, lambda *_: Path(run, "profile").touch())
+
+
+def test_steps_chosen_by_the_config_are_profiled_once_and_training_stays_the_same(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    options = (*QUICK, "schedule.total=7 steps")
+    assert train(tmp_path / "plain", tiny_data, *options).code == 0
+    stop = partial(running.signal_in_step, 2, signal.SIGTERM)
+    chosen = ("monitor.profile_steps=[5, 6]",)
+    assert train(tmp_path / "profiled", tiny_data, *options, *chosen, fault=stop).code == 143
+    ran = train(tmp_path / "profiled", tiny_data, *options, *chosen)
+    assert ran.code == 0 and "(mean of steps 5 to 6; " in ran.out, ran.told
+    run = tmp_path / "profiled" / "run"
+    assert traces_of(run) == ["rank-0.5.pt.trace.json.gz"]
+    with gzip.open(run / "tensorboard" / "rank-0.5.pt.trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("pretrain: step") == 2
+    ours, theirs = (running.numbers_of(tmp_path / name / "run") for name in ("plain", "profiled"))
+    assert [line.get("loss") for line in ours] == [line.get("loss") for line in theirs]
+    again = train(tmp_path / "profiled", tiny_data, *QUICK, "schedule.total=8 steps", *chosen)
+    assert again.code == 0 and "mean of steps" not in again.out, "they are over"
+
+
+def test_a_file_in_a_live_runs_folder_has_the_next_steps_profiled_and_only_the_last_traces_stay(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    run = tmp_path / "run"
+    ran = train(tmp_path, tiny_data, *QUICK, fault=partial(make_request, str(run), 1))
+    assert ran.code == 0 and not (run / "profile").exists(), ran.told
+    assert f"step 2: {run / 'profile'} was made, steps 4 to 4 are profiled" in ran.out
+    profiled = [int(step) for step in re.findall(r"mean of steps (\d+) to", ran.out)]
+    assert profiled == [4, 7, 10], "each request waits for the one before"
+    assert traces_of(run) == ["rank-0.10.pt.trace.json.gz", "rank-0.7.pt.trace.json.gz"]
+    assert "comes too late to profile a step of this run" in ran.out
+
+
+def test_ranks_profile_the_same_steps_and_one_copy_of_the_model_writes_them(tmp_path: Path, tiny_data: Path) -> None:
+    run = tmp_path / "run"
+    options = (*QUICK, "batch={size: 4, micro_size: 2}", "schedule.total=5 steps", "parallel.zero=0")
+    ran = train(tmp_path, tiny_data, *options, fault=partial(make_request, str(run), 1), world=2)
+    assert ran.code == 0 and "(mean of steps 4 to 4, 2 ranks; " in ran.out, ran.told
+    assert traces_of(run) == ["rank-0.4.pt.trace.json.gz"]
+
+
 # -- what keeps it from running --------------------------------------------------------------------------------------
 
 
@@ -217,6 +277,23 @@ def test_a_finished_run_says_that_nothing_was_measured(tmp_path: Path, tiny_data
     assert "nothing is left to do" in ran.out
     assert "warning: --profile: nothing was measured, the run was over before 5 steps were done" in ran.out
     assert not list((tmp_path / "run").rglob("*.pt.trace.*"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "words"),
+    [
+        ("[1, 3]", (), "monitor.profile_steps: [1, 3] is no [first, last]"),
+        ("[4, 24]", (), "at most 20 steps"),
+        ("[5]", (), "monitor.profile_steps: [5] is no"),
+        ("[9, 13]", (), "[9, 13] goes beyond the run's 12 steps"),
+        ("[4, 5]", ("--profile=2",), "--profile: monitor.profile_steps names steps too"),
+    ],
+)
+def test_steps_that_cannot_be_profiled_are_refused_before_the_run_starts(
+    tmp_path: Path, tiny_data: Path, steps: str, options: tuple[str, ...], words: str
+) -> None:
+    assert_refused(train(tmp_path, tiny_data, f"monitor.profile_steps={steps}", *options), words)
+    assert not (tmp_path / "run").exists()
 
 
 def stop_in_step_5() -> None:

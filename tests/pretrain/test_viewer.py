@@ -60,7 +60,9 @@ def test_the_charts_that_stand_first_show_the_run(ask: Ask) -> None:
         chart["title"]: {
             tag: points
             for pattern in chart["multiline"]["tag"]
-            for tag, points in ask("/data/plugin/custom_scalars/scalars", run="run", tag=pattern)["tagToEvents"].items()
+            for tag, points in ask("/data/plugin/custom_scalars/scalars", run="run", tag=pattern)[
+                "tag_to_events"
+            ].items()
         }
         for chart in overview["chart"]
     }
