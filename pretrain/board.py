@@ -25,29 +25,18 @@ class Board:
 
     def __init__(self, config: Config, step: int, parameters: int) -> None:
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
-        self.config, self.parameters = config, parameters
-        self.folder = Path(config.run.dir) / FOLDER
-        self._happened: set[str] = set()  # since the last point of the timeline
-        self._begin(step)
-
-    def _begin(self, step: int) -> None:
-        config = self.config
-        cut_back(self.folder, step)
+        folder = Path(config.run.dir) / FOLDER
+        cut_back(folder, step)
         # A TensorBoard that is looking forgets what it has read of later steps.
-        self._writer = SummaryWriter(str(self.folder), flush_secs=10, purge_step=step + 1 if step else 0)
+        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1 if step else 0)
+        self._happened: set[str] = set()  # since the last point of the timeline
         self._writer.add_text("config", _as_code(dump_config(config)))
-        scores = config.objective.kind != "causal"
-        self._writer.add_custom_scalars(layout(scores, config.monitor.norms_every is not None))
-        settings = {**_hyperparameters(config), "parameters": self.parameters}
+        scores, norms = config.objective.kind != "causal", config.monitor.norms_every is not None
+        self._writer.add_custom_scalars(layout(scores, norms))
+        settings = {**_hyperparameters(config), "parameters": parameters}
         start, begun, self._ended = hparams(settings, {VALIDATION if config.data.validation else TRAINING: 0.0})
         for summary in (start, begun):
             self._writer._get_file_writer().add_summary(summary)
-
-    def set_back(self, step: int) -> None:
-        """The run goes on from an earlier step: what lies beyond it goes, while TensorBoard may be looking."""
-        self._writer.close()
-        self._happened.clear()
-        self._begin(step)
 
     def scalars(self, step: int, fields: Mapping[str, Any]) -> None:
         """Those of the fields that have a place in a group."""

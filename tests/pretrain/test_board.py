@@ -165,7 +165,7 @@ def test_the_timeline_marks_a_skipped_step_each_checkpoint_and_where_the_run_wen
     assert [step for step, _ in running.scalars_of(run)["loss/train"]] == list(range(1, 9))
 
 
-def test_a_run_that_goes_back_has_each_step_once_for_new_eyes_and_for_open_ones(tmp_path: Path) -> None:
+def test_a_run_set_back_has_each_step_once_for_new_eyes_and_for_open_ones(tmp_path: Path) -> None:
     """Steps 1 to 6, then back to 3 and on to 5, while TensorBoard's own reader follows the folder."""
     config = Config.model_validate({"run": {"dir": str(tmp_path)}})
     board = Board(config, 0, 10)
@@ -179,7 +179,8 @@ def test_a_run_that_goes_back_has_each_step_once_for_new_eyes_and_for_open_ones(
         open_eyes.Reload()
 
     write(range(1, 7), 1.0)
-    board.set_back(3)
+    board.close(ended=False)
+    board = Board(config, 3, 10)
     board.event("skip", 3, "gone back")
     write(range(4, 6), 2.0)
     board.close(ended=True)
