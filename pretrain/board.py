@@ -26,10 +26,10 @@ class Board:
     def __init__(self, config: Config, step: int, parameters: int) -> None:
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         folder = Path(config.run.dir) / FOLDER
-        cut_back(folder, step)
+        left = cut_back(folder, step)
+        self._happened = {kind: left[f"timeline/{kind}/text_summary"] for kind in EVENTS}  # how often so far
         # A TensorBoard that is looking forgets what it has read of later steps.
         self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1 if step else 0)
-        self._happened: set[str] = set()  # since the last point of the timeline
         self._writer.add_text("config", _as_code(dump_config(config)))
         scores, norms = config.objective.kind != "causal", config.monitor.norms_every is not None
         self._writer.add_custom_scalars(layout(scores, norms))
@@ -45,16 +45,14 @@ class Board:
                 self._writer.add_scalar(tag, value, step)
 
     def event(self, kind: str, step: int, words: str) -> None:
-        """Something happened, one of EVENTS: told at its step, and a 1 at the timeline's next point."""
-        assert kind in EVENTS, kind
-        self._happened.add(kind)
+        """Something happened, one of EVENTS: told at its step, and counted from the timeline's next point on."""
+        self._happened[kind] += 1
         self._writer.add_text(f"timeline/{kind}", _as_code(words), step)
 
     def timeline(self, step: int) -> None:
         """The timeline's point at this step, one for every point of the loss."""
-        for kind in EVENTS:
-            self._writer.add_scalar(f"timeline/{kind}", float(kind in self._happened), step)
-        self._happened.clear()
+        for kind, count in self._happened.items():
+            self._writer.add_scalar(f"timeline/{kind}", count, step)
 
     def text(self, step: int, text: str) -> None:
         self._writer.add_text("samples", _as_code(text), step)

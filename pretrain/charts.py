@@ -8,7 +8,8 @@ TensorBoard sorts groups of tags by their names and opens the first two, so name
     speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, data_wait_seconds; mfu and hfu
                  where the device's peak is known
     system/      memory_gibibytes, checkpoint_stall_seconds, checkpoint_write_seconds
-    timeline/    of each of EVENTS, 1 where it happened since the point before, else 0
+    timeline/    of each of EVENTS, how often it has happened so far: a step up where it did. (TensorBoard smooths curves
+                 and cuts outliers off, which hides a single 1 among zeros.)
     weight_norm/, weight_gradient_norm/    a layer or a weight each, see `pretrain.gauges`
 
 Imports no torch.
@@ -63,7 +64,8 @@ def layout(scores: bool, norms: bool) -> Layout:
         "speed (tokens or examples a second)": [r"speed/\w+_per_second$"],
         "seconds a step, and of these waiting for data": ["speed/step_seconds$", "speed/data_wait_seconds$"],
         "memory (GiB)": ["system/memory_gibibytes$"],
-        "timeline: what happened (1) since the point before": ["timeline/"],
+        "breaks so far: a step up where one was": ["timeline/(?!checkpoint)"],
+        "checkpoints so far": ["timeline/checkpoint$"],
     }
     weights = {
         "norms of gradients": ["weight_gradient_norm/"],

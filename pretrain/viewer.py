@@ -7,7 +7,7 @@ cannot have a comma or a colon in a name, and turns its fast reader off.) Import
 from __future__ import annotations
 
 import errno
-import os
+import getpass
 import socket
 import tempfile
 from argparse import Namespace
@@ -79,10 +79,16 @@ def _greeting(runs: Sequence[str], host: str, port: int) -> Iterator[str]:
     here = "localhost" if host in LOOPBACK else host
     yield f"TensorBoard of {', '.join(runs)}: http://{here}:{port}/#custom_scalars (Ctrl-C ends it)"
     if host in LOOPBACK:
-        there = f"{os.environ.get('USER', 'USER')}@{socket.gethostname()}"
-        yield f"from another machine: ssh -N -L {port}:localhost:{port} {there}, and there the same address"
+        yield f"from another machine: ssh -N -L {port}:localhost:{port} {_user()}@{socket.gethostname()}, there the same address"
     else:
         yield f"warning: whoever reaches this machine at {host} can read these runs"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "USER"
 
 
 def _checked_port(host: str, port: int) -> int:

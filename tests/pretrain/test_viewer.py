@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
 import json
-import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -70,10 +70,10 @@ def test_the_charts_that_stand_first_show_the_run(ask: Ask) -> None:
     assert loss.keys() == {"loss/train", "loss/validation"}
     assert [step for _, step, _ in loss["loss/train"]] == list(range(1, 13))
     assert [step for _, step, _ in loss["loss/validation"]] == [0, 4, 8, 12]
-    assert len(others) == 6 and all(others), found
+    assert len(others) == 7 and all(others), found
     assert [sorted(chart) for chart in others if len(chart) > 1] == [
         ["speed/data_wait_seconds", "speed/step_seconds"],
-        ["timeline/checkpoint", "timeline/resume", "timeline/skip"],
+        ["timeline/resume", "timeline/skip"],
     ]
 
 
@@ -163,7 +163,7 @@ def test_it_listens_on_this_machine_alone_at_a_free_port_and_says_how_to_reach_i
     assert started[0][:2] == ("--host", "127.0.0.1") and int(chosen) > port
     told = capsys.readouterr().out
     assert f"http://localhost:{chosen}/#custom_scalars" in told
-    assert f"ssh -N -L {chosen}:localhost:{chosen} {os.environ.get('USER', 'USER')}@{socket.gethostname()}" in told
+    assert f"ssh -N -L {chosen}:localhost:{chosen} {getpass.getuser()}@{socket.gethostname()}" in told
 
 
 def test_everyone_is_let_in_only_where_that_is_asked_for_and_told(
