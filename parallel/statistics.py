@@ -22,8 +22,8 @@ from parallel.grid import Grid
 from parallel.sketch import intervals
 
 CHUNK = 1 << 22  # elements measured at a time
-# Of a histogram: four edges an octave between 2^-32 and 2^10 on either side of zero, and one bucket for what is smaller.
-OCTAVES, PARTS = range(-32, 10), 4
+# A histogram has eight edges an octave, 9% apart, between 2^-32 and 2^10 on either side of zero; one bucket is between.
+OCTAVES, PARTS = range(-32, 10), 8
 
 Measure = Callable[[Tensor], Tensor]  # flat numbers (n,) -> (k,) float64
 

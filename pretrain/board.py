@@ -27,10 +27,10 @@ class Board:
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         folder = Path(config.run.dir) / FOLDER
         left = cut_back(folder, step)
-        self._happened = {kind: left[f"timeline/{kind}/text_summary"] for kind in EVENTS}  # how often so far
+        self._happened = {kind: left[f"happened/{kind}/text_summary"] for kind in EVENTS}  # how often so far
         # A TensorBoard that is looking forgets what it has read of later steps.
         self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1 if step else 0)
-        self._writer.add_text("config", _as_code(dump_config(config)))
+        self._writer.add_text("settings", _as_code(dump_config(config)))
         scores, norms = config.objective.kind != "causal", config.monitor.norms_every is not None
         self._writer.add_custom_scalars(layout(scores, norms))
         settings = {**_hyperparameters(config), "parameters": parameters}
@@ -47,7 +47,7 @@ class Board:
     def event(self, kind: str, step: int, words: str) -> None:
         """Something happened, one of EVENTS: told at its step, and counted from the timeline's next point on."""
         self._happened[kind] += 1
-        self._writer.add_text(f"timeline/{kind}", _as_code(words), step)
+        self._writer.add_text(f"happened/{kind}", _as_code(words), step)
 
     def timeline(self, step: int) -> None:
         """The timeline's point at this step, one for every point of the loss."""
@@ -65,7 +65,7 @@ class Board:
         numbers = " | ".join(str(number) for number in range(len(tokens)))
         names = " | ".join(f"`{token.translate(UNTABLED)}`" for token in tokens)
         rule = " | ".join("---" for _ in tokens)
-        self._writer.add_text("attention/tokens", f"| {numbers} |\n| {rule} |\n| {names} |", step)
+        self._writer.add_text("tokens/attention", f"| {numbers} |\n| {rule} |\n| {names} |", step)
 
     def norms(self, step: int, gradients: Mapping[str, float], weights: Mapping[str, float]) -> None:
         """By layer or weight."""
@@ -116,10 +116,10 @@ def _as_code(text: str) -> str:
 
 
 def _hyperparameters(config: Config) -> dict[str, Any]:
-    """What one compares runs by."""
+    """What one compares runs by; not how a step is cut into micro-batches, which changes nothing."""
     found: dict[str, Any] = {}
     for section in ("model", "batch", "optimizer", "schedule"):
         for name, value in getattr(config, section).model_dump(mode="json").items():
-            if isinstance(value, str | int | float | bool):
+            if isinstance(value, str | int | float | bool) and name != "micro_size":
                 found[f"{section}.{name}"] = value
     return {**found, "data.seq_length": config.data.seq_length, "run.seed": config.run.seed}

@@ -12,6 +12,8 @@ TensorBoard sorts groups of tags by their names and opens the first two, so name
                  and cuts outliers off, which hides a single 1 among zeros.)
     weight_norm/, weight_gradient_norm/    a layer or a weight each, see `pretrain.gauges`
 
+Texts likewise: happened/ (the timeline in words), samples, settings (the config), tokens/ (of the attention maps).
+
 Imports no torch.
 """
 

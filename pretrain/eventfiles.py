@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PATTERN = "events.out.tfevents.*"
-BEGINNINGS = ("_hparams_", "config", "custom_scalars__config__")  # what every session writes when it begins
+BEGINNINGS = ("_hparams_", "settings", "custom_scalars__config__")  # what every session writes when it begins
 
 
 def cut_back(folder: Path, step: int) -> Counter[str]:

@@ -136,7 +136,7 @@ def images_of(run: Path) -> tuple[dict[str, dict[int, Any]], list[tuple[int, str
         }
         for tag in events.Tags()["images"]
     }
-    tag = "attention/tokens/text_summary"
+    tag = "tokens/attention/text_summary"
     texts = events.Tensors(tag) if tag in events.Tags()["tensors"] else []
     return found, [(event.step, event.tensor_proto.string_val[0].decode()) for event in texts]
 

@@ -87,7 +87,7 @@ def test_epochs_are_samples_over_the_samples_of_the_shards(run: Path, tiny_data:
 
 
 def test_the_config_is_there_as_it_was_resolved(run: Path, events: EventAccumulator) -> None:
-    [(_, text)] = text_of(events, "config/text_summary")
+    [(_, text)] = text_of(events, "settings/text_summary")
     shown = "\n".join(line.removeprefix("    ") for line in text.splitlines())
     assert shown.strip() == (run / "config.yaml").read_text().strip()
 
@@ -160,7 +160,7 @@ def test_the_timeline_marks_a_skipped_step_each_checkpoint_and_where_the_run_wen
     assert running.scalars_of(run)["timeline/checkpoint"][5] == (6, 3.0), "also that with which the first session ended"
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
-    texts = {kind: text_of(events, f"timeline/{kind}/text_summary") for kind in ("skip", "resume", "checkpoint")}
+    texts = {kind: text_of(events, f"happened/{kind}/text_summary") for kind in ("skip", "resume", "checkpoint")}
     assert [step for step, _ in texts["skip"]] == [2] and "no finite gradient norm" in texts["skip"][0][1]
     assert [(step, text.strip()) for step, text in texts["resume"]] == [(5, "going on after step 5")]
     assert {step for step, _ in texts["checkpoint"]} >= {3, 4, 5, 6, 8}

@@ -84,7 +84,9 @@ def test_groups_of_tags_sort_by_what_matters(ask: Ask) -> None:
 
 
 def test_texts_and_what_happened_can_be_read(ask: Ask) -> None:
-    told = ask("/data/plugin/text/text", run="run", tag="timeline/checkpoint/text_summary")
+    groups = dict.fromkeys(tag.partition("/")[0] for tag in sorted(ask("/data/plugin/text/tags")["run"]))
+    assert list(groups) == ["happened", "samples", "settings"], "the first two are open"
+    told = ask("/data/plugin/text/text", run="run", tag="happened/checkpoint/text_summary")
     assert [event["step"] for event in told][-1] == 12 and "saved (" in told[-1]["text"]
     assert [event["step"] for event in ask("/data/plugin/text/text", run="run", tag="samples/text_summary")] == [6, 12]
 
