@@ -17,6 +17,7 @@ from pretrain.config.load import dump_config
 from pretrain.config.run import Config
 from pretrain.eventfiles import cut_back
 
+COLUMNS = 8  # of a table of tokens: all side by side, TensorBoard writes each from top to bottom
 UNTABLED = str.maketrans({"|": "\u2502", "`": "\u02cb", "\n": "\u21b5", "\r": "\u21b5", "\t": "\u21e5", " ": "\u2423"})
 
 
@@ -62,10 +63,7 @@ class Board:
         """images: of each layer, (height, width) uint8; tokens: whose numbers are its rows and columns, in their order."""
         for layer, image in images.items():
             self._writer.add_image(f"attention/layer_{layer:02d}", image, step, dataformats="HW")
-        numbers = " | ".join(str(number) for number in range(len(tokens)))
-        names = " | ".join(f"`{token.translate(UNTABLED)}`" for token in tokens)
-        rule = " | ".join("---" for _ in tokens)
-        self._writer.add_text("tokens/attention", f"| {numbers} |\n| {rule} |\n| {names} |", step)
+        self._writer.add_text("tokens/attention", _table(tokens), step)
 
     def norms(self, step: int, gradients: Mapping[str, float], weights: Mapping[str, float]) -> None:
         """By layer or weight."""
@@ -108,6 +106,15 @@ class Board:
         ours = type(failed.thread).__module__.startswith("tensorboard")
         if not ours or not isinstance(failed.exc_value, OSError):
             self._hook(failed)
+
+
+def _table(tokens: Sequence[str]) -> str:
+    """Markdown: COLUMNS tokens a row, behind the number of the first."""
+    names = [f"`{token.translate(UNTABLED)}`" for token in tokens]
+    rows = [["", *(f"+{column}" for column in range(COLUMNS))], ["---"] * (COLUMNS + 1)]
+    for first in range(0, len(names), COLUMNS):
+        rows.append([str(first), *names[first : first + COLUMNS]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _as_code(text: str) -> str:

@@ -28,10 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.charts import FOLDER
+from pretrain.charts import FOLDER, tag_of
 from pretrain.config import yaml
 from pretrain.config.load import load_config
-from pretrain.config.run import Config
 from pretrain.data.order import key
 from pretrain.errors import Exit, UserError
 from pretrain.results import Metric, floor_of, of_several, write_result
@@ -319,7 +318,7 @@ def main(args: Namespace) -> int:
     finished = sweep.run(lambda line: print(line, file=sys.stderr, flush=True))
     result = sweep.result(finished)
     write_result(out, result)
-    _to_board(out, result, sweep.config)
+    _to_board(out, result)
     Console(highlight=False).print(_table(result), *_words(result), sep="\n")
     return 0
 
@@ -372,12 +371,12 @@ def _words(result: dict[str, Any]) -> Iterator[str]:
         yield f"the seed of the {name} {verdict}: F({found['degrees']}, {found['rest']}) = {found['f']:.2f}, p = {found['p']:.3f}"
 
 
-def _to_board(out: Path, result: dict[str, Any], config: Config) -> None:
+def _to_board(out: Path, result: dict[str, Any]) -> None:
     """Hyperparameters beside scores; the expected best of n runs as a curve over n. In place of what was there."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(out / FOLDER, ignore_errors=True)
-    name = f"sweep/{result['metric']}"
+    name = tag_of(result["metric"]) or result["metric"]
     with SummaryWriter(str(out / FOLDER)) as writer:
         for n, value in enumerate(result["expected_best"], start=1):
             writer.add_scalar("sweep/expected_best_of_n", value, n)
@@ -386,6 +385,6 @@ def _to_board(out: Path, result: dict[str, Any], config: Config) -> None:
                 key: value if isinstance(value, int | float | str | bool) else str(value)
                 for key, value in trial.items()
             }
-            score = chosen.pop("score", None)
+            score, trial_name = chosen.pop("score", None), chosen.pop("name")
             if isinstance(score, int | float):
-                writer.add_hparams(chosen, {name: float(score)}, run_name=f"trial-{trial['name']}")
+                writer.add_hparams(chosen, {name: float(score)}, run_name=f"trial-{trial_name}")

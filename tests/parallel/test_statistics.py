@@ -100,7 +100,7 @@ def trained_under(config: str, texts: list[str]) -> list[tuple[Norms, Histograms
 
 @pytest.mark.parametrize(
     "texts",
-    [["dp=2,zero=1", "cp=2,zero=2", "dp=2,zero=3"], ["tp=2,sp,pp=2,zero=0"]],
+    [["dp=2,zero=0", "dp=2,zero=1", "cp=2,zero=2", "dp=2,zero=3"], ["tp=2,sp,pp=2,zero=0"]],
     ids=["two ranks", "four ranks"],
 )
 def test_norms_and_histograms_are_one_processs_under_every_layout(

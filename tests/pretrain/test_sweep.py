@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pretrain import sweep
+from pretrain import sweep, viewer
 from pretrain.errors import UserError
 from pretrain.sweep import ORDER, WEIGHTS, Rung, Trial, _two_way, analysis, f_tail, rungs_of, searched, seeds
 from tests.pretrain import running
+from tests.pretrain.browsing import browser, session_groups
 from tests.pretrain.finetuning import tiny
 
 
@@ -162,7 +163,11 @@ def test_a_sweep_over_seeds_stops_early_goes_on_and_tells(
         assert alone["final"]["step"] == (8 if name in going else 4)
     told = capsys.readouterr().out
     assert "stopped early" in told and "expected best of 1: " in told and "without learning" in told
-    assert list((tmp_path / "sweep" / "tensorboard").rglob("events.*"))
+    with viewer.linked(viewer.boards_of([str(tmp_path / "sweep")])) as folder:
+        rows = session_groups(browser(folder))
+    shown = {row["name"].rpartition("-")[2]: row["metricValues"][0]["value"] for row in rows}
+    assert shown == {name: pytest.approx(score) for name, score in scores.items()}
+    assert {row["hparams"]["run.seed"] for row in rows} == {1, 2}
     with pytest.raises(UserError, match="holds another sweep"):
         sweep.main(arguments(config, tmp_path / "sweep", *SHORT, seeds_weights=3))
 

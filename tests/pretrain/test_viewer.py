@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import getpass
-import json
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pretrain import viewer
 from pretrain.errors import UserError
 from tests.pretrain import running
-
-Ask = Callable[..., Any]
+from tests.pretrain.browsing import Ask, browser, session_groups
 
 
 @pytest.fixture(scope="module")
 def ask(tiny_data: Path) -> Iterator[Ask]:
     """GET (or with a body POST) a path of TensorBoard's on the shared run."""
     with viewer.linked(viewer.boards_of([str(running.trained(tiny_data))])) as folder:
-        yield client(folder)
-
-
-def client(folder: Path) -> Ask:
-    from tensorboard.backend import application
-    from werkzeug.test import Client
-
-    once = ("--load_fast", "false", "--reload_interval", "0", "--reload_task", "blocking")
-    program = viewer.serving(folder, *once)
-    provider, multiplexer = program._make_data_provider()
-    made = application.TensorBoardWSGIApp(
-        program.flags, program.plugin_loaders, provider, program.assets_zip_provider, multiplexer
-    )
-    browser = Client(made)
-
-    def ask(path: str, body: Any = None, **query: str) -> Any:
-        options: Any = {"query_string": query} if body is None else {"json": body}
-        answer = browser.open(path, method="GET" if body is None else "POST", **options)
-        assert answer.status_code == 200, (path, answer.status, answer.get_data(as_text=True))
-        return json.loads(answer.get_data(as_text=True))
-
-    return ask
+        yield browser(folder)
 
 
 def test_the_run_goes_by_its_name_and_every_page_that_it_fills_is_on(ask: Ask) -> None:
@@ -95,14 +71,7 @@ def test_the_page_of_hyperparameters_has_the_run_and_its_validation_loss(ask: As
     experiment = ask("/data/plugin/hparams/experiment", {"experimentName": ""})
     names = {info["name"] for info in experiment["hparamInfos"]}
     assert {"optimizer.learning_rate", "model.num_layers", "run.seed"} <= names
-    wished = {
-        "experimentName": "",
-        "allowedStatuses": ["STATUS_SUCCESS"],
-        "colParams": [{"metric": info["name"], "order": "ORDER_ASC"} for info in experiment["metricInfos"]],
-        "startIndex": 0,
-        "sliceSize": 10,
-    }
-    [group] = ask("/data/plugin/hparams/session_groups", wished)["sessionGroups"]
+    [group] = session_groups(ask)
     assert group["hparams"]["optimizer.learning_rate"] == pytest.approx(1e-2)
     [metric] = group["metricValues"]
     assert metric["name"]["tag"] == "loss/validation" and metric["trainingStep"] == 12
