@@ -90,7 +90,7 @@ def assert_same(ours: Norms, theirs: Norms, total: float) -> None:
 
 def overrides_of(text: str) -> list[str]:
     layout = Layout.parse(text)
-    axes = ("tensor", "sequence", "pipeline", "context", "zero")
+    axes = ("tensor", "sequence", "pipeline", "context", "zero", "offload")
     return [f"parallel.{axis}={str(getattr(layout, axis)).lower()}" for axis in axes]
 
 
@@ -101,7 +101,7 @@ def trained_under(config: str, texts: list[str]) -> list[tuple[Norms, Histograms
 
 @pytest.mark.parametrize(
     "texts",
-    [["dp=2,zero=0", "dp=2,zero=1", "cp=2,zero=2", "dp=2,zero=3"], ["tp=2,sp,pp=2,zero=0"]],
+    [["dp=2,zero=0", "dp=2,zero=1", "cp=2,zero=2", "dp=2,zero=2,offload", "dp=2,zero=3"], ["tp=2,sp,pp=2,zero=0"]],
     ids=["two ranks", "four ranks"],
 )
 def test_norms_and_histograms_are_one_processs_under_every_layout(

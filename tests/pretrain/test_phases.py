@@ -92,8 +92,8 @@ def test_a_run_tells_its_phases_and_counts_what_it_has_seen(tiny_data: Path) -> 
     config = load_config(run / "config.yaml")
     per_epoch = Sources.open(config).train.samples_per_epoch * 32
     scalars = running.scalars_of(run)
-    assert [value for _, value in scalars["train/seq_length"]] == [16] * 6 + [32] * 6
-    assert [value for _, value in scalars["data/epochs"]] == pytest.approx([tokens / per_epoch for tokens in seen])
+    assert [value for _, value in scalars["optimizer/seq_length"]] == [16] * 6 + [32] * 6
+    assert [value for _, value in scalars["optimizer/epochs"]] == pytest.approx([tokens / per_epoch for tokens in seen])
     # A phase's first step compiles, and counts for no rate; each phase has its own FLOPs a token.
     rated = [line for line in logged if "tokens_per_second" in line]
     assert [line["step"] for line in rated] == [2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
