@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from pretrain.board import Board
 from pretrain.config.run import Config
+from pretrain.errors import Exit
 from tests.pretrain import running
 from tests.pretrain.running import train
 
@@ -153,7 +154,7 @@ def test_the_timeline_marks_a_skipped_step_each_checkpoint_and_where_the_run_wen
 ) -> None:
     """Step 2 is skipped; checkpoints of 3, 4 (validated best), and 5 where it is stopped; the new session begins behind it."""
     run, options = tmp_path / "run", ("monitor.tensorboard=true", "schedule.total=8 steps")
-    assert train(tmp_path, tiny_data, *options, fault=poison_and_stop).code == 143
+    assert train(tmp_path, tiny_data, *options, fault=poison_and_stop).code == Exit.STOPPED
     assert happened(run, "skip") == [2] and happened(run, "resume") == []
     assert train(tmp_path, tiny_data, *options).code == 0
     assert happened(run, "skip") == [2] and happened(run, "resume") == [6]

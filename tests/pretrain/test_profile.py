@@ -200,7 +200,7 @@ def test_steps_chosen_by_the_config_are_profiled_once_and_training_stays_the_sam
     assert train(tmp_path / "plain", tiny_data, *options).code == 0
     stop = partial(running.signal_in_step, 2, signal.SIGTERM)
     chosen = ("monitor.profile_steps=[5, 6]",)
-    assert train(tmp_path / "profiled", tiny_data, *options, *chosen, fault=stop).code == 143
+    assert train(tmp_path / "profiled", tiny_data, *options, *chosen, fault=stop).code == Exit.STOPPED
     ran = train(tmp_path / "profiled", tiny_data, *options, *chosen)
     assert ran.code == 0 and "(mean of steps 5 to 6; " in ran.out, ran.told
     run = tmp_path / "profiled" / "run"
