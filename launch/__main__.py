@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import local, node, slurm, status
+from launch import docker, local, node, slurm, status
 from pretrain.errors import Exit, UserError
 
-COMMANDS = (local, slurm, node, status)
+COMMANDS = (local, slurm, docker, node, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
