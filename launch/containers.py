@@ -21,11 +21,11 @@ from types import FrameType
 from typing import IO
 
 from launch import ssh
-from launch.ranks import GAVE_UP, SIGNALS, say
+from launch.ranks import SIGNALS, say
+from pretrain.errors import Exit
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # from a container's failure to the end of the others: they look twice who parted, and tell
-MISTAKE, STOPPED = 2, 75
 KILL_SECONDS = 20.0  # for docker to kill a container and say so
 
 # `stop` again and again, for docker may not have made the container yet. Input of what runs behind & is /dev/null unless
@@ -150,7 +150,7 @@ class Containers:
             if self.told == "kill" and deadline == float("inf"):
                 deadline = time.monotonic() + KILL_SECONDS
             time.sleep(POLL_SECONDS)
-        if first is None or first.code == GAVE_UP:  # which says that another was first
+        if first is None or first.code == Exit.PARTED:  # which says that another was first
             first = self._failed()
         left = self._running()
         if left:
@@ -165,18 +165,18 @@ class Containers:
 
     def _failed(self) -> Followed | None:
         """One that ended with an error, of its own before one that only lost another, or its ssh."""
-        order = {GAVE_UP: 1, ssh.LOST: 2}
+        order = {Exit.PARTED: 1, ssh.LOST: 2}
         failed = [each for each in self.followed if each.code]
         return min(failed, key=lambda each: order.get(each.code or 0, 0), default=None)
 
     def _tell(self, first: Followed, left: Sequence[Followed]) -> None:
         """Who failed and how; nothing where all ended alike by themselves, since rank 0 has told it."""
         code = first.code or 0
-        if all(each.code == code for each in self.followed) and code in (MISTAKE, STOPPED):
+        if all(each.code == code for each in self.followed) and code in (Exit.MISTAKE, Exit.STOPPED):
             return
         waited = ", ".join(each.host for each in left)
         say(f"{first.host} {_how(first)}" + (f"; ended, since they waited for it: {waited}" if left else ""))
-        if not self.asked and code != MISTAKE:
+        if not self.asked and code != Exit.MISTAKE:
             say("the same command goes on from the last checkpoint, if there is one")
 
     # -- wishes to stop ----------------------------------------------------------------------------------------------
@@ -216,6 +216,6 @@ def _how(failed: Followed) -> str:
         return "could not start its container (docker's message is above)"
     if code == 137:
         return f"lost its container {name}: it was killed (SIGKILL, by hand or for memory: dmesg there tells)"
-    if code == GAVE_UP:
+    if code == Exit.PARTED:
         return "gave up waiting for another"
     return f"was first: its container {name} ended with exit code {code}"

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     Raises UserError, before anything starts, for whatever can be known now.
     """
     from launch import hosts
+    from launch.attempts import recorded
     from launch.containers import Containers
     from launch.job import container_of, subjects_of
     from launch.ranks import say
@@ -99,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     hosts.check(subjects_of(job))
     say(f"{len(job.hosts)} hosts, {job.processes} processes each, meeting at {job.master}:{job.port}")
-    return Containers(containers).wait()
+    wait = Containers(containers).wait
+    # For `launch status`, where this machine shares the run's folder, and may write there.
+    return recorded(job.folder, wait) if os.access(job.folder, os.W_OK) else wait()
 
 
 # -- the job ---------------------------------------------------------------------------------------------------------

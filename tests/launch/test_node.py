@@ -14,7 +14,7 @@ import pytest
 
 from launch import node
 from launch.__main__ import parse
-from launch.ranks import Ranks
+from launch.ranks import SIGNALS, Ranks
 from pretrain.errors import UserError
 from tests.distributed import REPOSITORY
 from tests.launch.test_local import CONFIG
@@ -60,7 +60,12 @@ def test_ranks_of_another_machine_write_to_their_own_logs(
     """And its last words are told here: rank 0, which would tell, is elsewhere."""
     script = f"import os; print('I am', os.environ['RANK']); raise SystemExit({code})"
     environments = node.environments_at(node.Place(2, 1, "node-0", 2000), 2)
-    assert Ranks([sys.executable, "-c", script], environments, tmp_path).wait() == code
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert Ranks([sys.executable, "-c", script], environments, tmp_path).wait() == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "rank-2.log": "I am 2\n",
         "rank-3.log": "I am 3\n",
