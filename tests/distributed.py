@@ -129,9 +129,9 @@ class Started(subprocess.Popen[str]):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel end this process by a signal when its parent ends, however that ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, number)
 
 
 _INTERPRETED: dict[bool, dict[str, str]] = {False: {}, True: {"TRITON_INTERPRET": "1"}}
