@@ -1,9 +1,10 @@
 """One container on each of several hosts, started over ssh and followed until all have ended.
 
 Each line that a container writes comes out here behind its host's name. Ctrl-C, SIGTERM and a closed terminal ask all
-containers to stop, so that the ranks save and end together; a second time kills. When one fails, the others can only wait
-for it: they get some seconds to say what they saw, then they are killed. If ssh or this process ends, however that is, the
-script on the host reads the end of its input and stops its container: none goes on without somebody who follows it.
+containers to stop, so that the ranks save and end together, and so does the end of a host's ssh; a second time kills. When a
+container fails, the others can only wait for it: they get some seconds to say what they saw, then they are killed. If ssh or
+this process ends, however that is, the script on the host reads the end of its input and stops its container: none goes on
+without somebody who follows it.
 """
 
 from __future__ import annotations
@@ -113,9 +114,10 @@ class Followed:
 
 def _copy(stream: IO[bytes], out: IO[str], host: str) -> None:
     for line in stream:
-        # In one piece, or lines of several hosts would mix.
-        out.write(f"{host}: {line.decode(errors='replace').rstrip()}\n")
-        out.flush()
+        # In one piece, or lines of several hosts would mix. Whoever reads us may have gone; the container goes on.
+        with suppress(OSError, ValueError):
+            out.write(f"{host}: {line.decode(errors='replace').rstrip()}\n")
+            out.flush()
 
 
 @dataclass
@@ -145,7 +147,9 @@ class Containers:
         while self._running() and time.monotonic() < deadline:
             self._pass_on()
             first = first or self._failed()
-            if first is not None and not self.asked and deadline == float("inf"):
+            if first is not None and not self.told and first.code == ssh.LOST:
+                self._tell_all("stop")  # its ranks may live: then all can save
+            if first is not None and not self.told and deadline == float("inf"):
                 deadline = time.monotonic() + GRACE_SECONDS
             if self.told == "kill" and deadline == float("inf"):
                 deadline = time.monotonic() + KILL_SECONDS
@@ -155,17 +159,19 @@ class Containers:
         left = self._running()
         if left:
             self._tell_all("kill")
+        if len(self.asked) > 1:
+            return 128 + self.asked[-1]
         if first is None:
-            return 128 + self.asked[-1] if left and self.asked else 0
+            return 0
         self._tell(first, left)
-        return first.code or 0
+        return Exit.PARTED if first.code == ssh.LOST else first.code or 0
 
     def _running(self) -> list[Followed]:
         return [each for each in self.followed if each.code is None]
 
     def _failed(self) -> Followed | None:
-        """One that ended with an error, of its own before one that only lost another, or its ssh."""
-        order = {Exit.PARTED: 1, ssh.LOST: 2}
+        """One that ended with an error: of its own, before one whose ssh ended, before one that only lost another."""
+        order = {ssh.LOST: 1, Exit.PARTED: 2}
         failed = [each for each in self.followed if each.code]
         return min(failed, key=lambda each: order.get(each.code or 0, 0), default=None)
 
@@ -211,11 +217,11 @@ def _how(failed: Followed) -> str:
     """How a container ended, from docker's or ssh's exit code."""
     code, name = failed.code or 0, failed.container.name
     if code == ssh.LOST:
-        return "was lost: ssh ended; if the host lives, its container has been asked to stop"
+        return "was lost: ssh ended; the others were asked to save, and so is its container if the host lives"
     if code == 125:
         return "could not start its container (docker's message is above)"
     if code == 137:
         return f"lost its container {name}: it was killed (SIGKILL, by hand or for memory: dmesg there tells)"
     if code == Exit.PARTED:
-        return "gave up waiting for another"
+        return "gave up waiting for another; which one is told above"
     return f"was first: its container {name} ended with exit code {code}"

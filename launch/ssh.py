@@ -21,7 +21,7 @@ OPTIONS = (
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),  # a host that is gone is noticed in a minute
 )
 LOST = 255  # ssh's own exit code
-HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*|[A-Za-z0-9_.@-]*\[[0-9A-Fa-f:.]+\]")  # never an option
+HOST = re.compile("[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option
 MENDS = {
     "permission denied": "let `ssh {host} true` work without a password (ssh-copy-id, ssh-agent)",
     "host key verification": "run `ssh {host} true` once by hand and compare the key",

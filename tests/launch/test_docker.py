@@ -300,6 +300,13 @@ def test_a_wish_to_stop_has_every_container_save(place: Path, number: signal.Sig
     wait_until_gone(pids)
 
 
+def test_a_host_whose_ssh_ends_has_the_others_save(place: Path) -> None:
+    with launched(place, "if host == 'two': sys.exit(255)\ntime.sleep(60)") as launcher:
+        out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 3 and "one: saved" in out, err
+    assert "launch: two was lost: ssh ended; the others were asked to save" in err
+
+
 def test_no_container_outlives_a_killed_launcher(place: Path) -> None:
     with launched(place, "time.sleep(60)") as launcher:
         pids = wait_for_containers(place, 2)
@@ -316,5 +323,5 @@ def test_a_second_ctrl_c_kills_containers_that_do_not_end(place: Path) -> None:
             time.sleep(0.02)
         launcher.send_signal(signal.SIGINT)
         launcher.communicate(timeout=60)
-    assert launcher.returncode == 137
+    assert launcher.returncode == 130
     wait_until_gone(pids)
