@@ -288,6 +288,12 @@ def test_the_container_that_fails_first_is_named_and_the_others_end(place: Path)
     wait_until_gone(wait_for_containers(place, 2))
 
 
+def test_a_container_that_was_killed_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.parent / "container.py").write_text(CONTAINER + "os.kill(os.getpid(), signal.SIGKILL)")
+    assert main(command(place, "--exclude", "two")) == 137
+    assert "launch: one lost its container pretrain-run-" in (told := capsys.readouterr().err) and "SIGKILL" in told
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_wish_to_stop_has_every_container_save(place: Path, number: signal.Signals) -> None:
     with launched(place, "time.sleep(60)") as launcher:

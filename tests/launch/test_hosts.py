@@ -27,12 +27,13 @@ def says(
     code: int = 0,
     errors: str = "",
     late: float = 0.0,
+    begun: float = 0.4,
 ) -> ssh.Answer:
-    """A host's answer: its clock is so many seconds ahead of ours; ssh took 0.4 s to begin, and its word came so late."""
+    """A host's answer: its clock is so many seconds ahead of ours; ssh took some to begin, and its word came so late."""
     told = json.dumps({"problems": problems, "unreached": unreached})
-    lines = ["Welcome!", f"launch: clock {NOW + 0.4 + clock:.9f}", "launch: engine 20.10.24", "launch: leftover "]
+    lines = ["Welcome!", f"launch: clock {NOW + begun + clock:.9f}", "launch: engine 20.10.24", "launch: leftover "]
     lines += [f"launch: image {image}", f"launch: probe {told}"]
-    return ssh.Answer(code, NOW, [(NOW + 0.4 + late, line) for line in lines], errors)
+    return ssh.Answer(code, NOW, [(NOW + begun + late, line) for line in lines], errors)
 
 
 def problems_of(monkeypatch: pytest.MonkeyPatch, **answers: ssh.Answer) -> list[str]:
@@ -60,8 +61,8 @@ def test_a_clock_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch, ahead: fl
         assert advice.endswith("--exclude b") and f"1 of {len(others) + 1} hosts" in summary
 
 
-def test_a_late_answer_makes_no_clock_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert problems_of(monkeypatch, a=says(), b=says(late=20.0)) == []
+def test_a_slow_answer_makes_no_clock_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems_of(monkeypatch, a=says(), b=says(late=20.0), c=says(begun=20.0)) == []
 
 
 def test_the_host_with_another_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
