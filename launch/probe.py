@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MEET_SECONDS = 20.0  # containers do not start at the same moment
-ANSWER_SECONDS = 10.0
+HERE, NO_FILE = b"here\n", b"no file\n"  # node rank 0's answers to the token
 LOOK_SECONDS = 5.0  # a network file system may keep a folder's old contents for some seconds
 FREE_BYTES = 2**30  # below which no run of any size gets far; the trainer knows what its checkpoints need
 
@@ -116,14 +116,15 @@ def listen(args: argparse.Namespace) -> list[str]:
         why = os.strerror(error.errno or 0)
         return [f"port {args.port} cannot be listened on ({why}); choose another with --port"]
     mark = args.folder / marker(args.token)
-    met: list[threading.Thread] = []
-    with server, suppress(OSError):  # a folder that cannot be written is told of already
+    with suppress(OSError):  # told by folder_problems
         mark.touch()
-        deadline = time.monotonic() + MEET_SECONDS
+    met: list[threading.Thread] = []
+    deadline = time.monotonic() + MEET_SECONDS
+    with server, suppress(TimeoutError):
         while len(met) < args.nodes - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             connection, _ = server.accept()
-            if _is_ours(connection, args.token):
+            if _is_ours(connection, args.token, HERE if mark.exists() else NO_FILE):
                 met.append(threading.Thread(target=_wait, args=(connection,)))
                 met[-1].start()
     for thread in met:
@@ -132,11 +133,11 @@ def listen(args: argparse.Namespace) -> list[str]:
     return []
 
 
-def _is_ours(connection: socket.socket, token: str) -> bool:
+def _is_ours(connection: socket.socket, token: str, answer: bytes) -> bool:
     connection.settimeout(1.0)
     with suppress(OSError):
         if connection.recv(64).decode(errors="replace").strip() == token:
-            connection.sendall(b"here\n")
+            connection.sendall(answer)
             return True
     connection.close()
     return False
@@ -150,16 +151,19 @@ def _wait(connection: socket.socket) -> None:
 
 
 def reach(address: str, port: int, token: str) -> tuple[socket.socket | None, str]:
-    """The connection to node rank 0 on the run's port, or why there is none."""
+    """The connection to node rank 0 on the run's port, if there is a file to look for, or why it is not reached."""
     deadline = time.monotonic() + MEET_SECONDS
     said = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((address, port), timeout=left)
             connection.sendall(f"{token}\n".encode())
-            if connection.recv(64):
+            answer = connection.recv(64)
+            if answer == HERE:
                 return connection, ""
             connection.close()
+            if answer == NO_FILE:
+                return None, ""
             said = "another program answers"
         except socket.gaierror as error:
             return (

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -152,6 +153,12 @@ def test_a_folder_that_is_not_shared_is_told(folder: Path, tmp_path: Path) -> No
     (tmp_path / "own" / "logs").mkdir(parents=True)
     (found,) = meet(folder, [tmp_path / "own", folder])
     assert found.startswith(f"{tmp_path / 'own'} there is not the folder that it is on node-0; run.dir has to lie on")
+
+
+def test_a_folder_that_node_rank_0_cannot_write_is_told_there_alone(folder: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert meet(tmp_path / "nowhere", [folder]) == []
+    assert time.monotonic() - started < 1.0
 
 
 def test_a_port_where_nobody_or_another_answers_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
