@@ -17,7 +17,7 @@ help:
 	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
 	@echo "make finetune-demo  tune a real 6-layer BERT into a classifier (a few minutes on 2 cores)"
 	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
-	@echo "make test-cluster   run jobs on a real Slurm on this machine; installs it, as root (minutes)"
+	@echo "make test-cluster   runs on a real Slurm, a real Docker and cut networks on this machine; installs them, as root (minutes)"
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
 	@echo "make torture        two hundred runs killed at random places and started again under other layouts (an hour)"

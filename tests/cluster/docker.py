@@ -140,7 +140,7 @@ def build(engine: Engine) -> None:
     images = engine.docker("images", "--format", "{{.Repository}}").stdout.split()
     if "tests/debian" not in images:
         archive = engine.folder / "debian.tar"
-        engine.run("mmdebstrap", "--variant=apt", "--mode=root", f"--include={PACKAGES}", suite(), archive, timeout=300)
+        engine.run("mmdebstrap", "--variant=apt", "--mode=root", f"--include={PACKAGES}", suite(), archive, timeout=600)
         engine.docker("import", archive, "tests/debian", timeout=120)
         archive.unlink()
     secrets = [f"--secret=id=ca,src={CERTIFICATES}"] if CERTIFICATES.exists() else []
@@ -152,13 +152,13 @@ def build(engine: Engine) -> None:
         ]
         wheels = engine.folder / "wheels"
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
-        engine.run(*pip, *pins, timeout=300)
+        engine.run(*pip, *pins, timeout=600)
         (engine.folder / "torch").write_text(TORCH.format(pins=" ".join(pins)))
         context = ["--file", engine.folder / "torch", "--tag", "tests/torch", wheels]
-        engine.docker("build", "--network=host", *secrets, *context, timeout=300)
+        engine.docker("build", "--network=host", *secrets, *context, timeout=600)
         shutil.rmtree(wheels)
     where = ["--file", REPOSITORY / "docker" / "Dockerfile", "--tag", IMAGE, REPOSITORY]
-    engine.docker("build", "--network=host", "--build-arg=BASE_IMAGE=tests/torch", *secrets, *where, timeout=400)
+    engine.docker("build", "--network=host", "--build-arg=BASE_IMAGE=tests/torch", *secrets, *where, timeout=900)
 
 
 def suite() -> str:

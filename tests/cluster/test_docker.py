@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from launch import attempts
 from parallel.ports import free_port
 from tests.cluster import docker
 from tests.cluster.docker import IMAGE, Engine
@@ -142,6 +143,18 @@ def test_files_are_without_complaint(words: list[str]) -> None:
 
 
 # -- compose ---------------------------------------------------------------------------------------------------------
+
+
+def test_compose_builds_the_image(engine: Engine) -> None:
+    """From what the engine has kept: nothing is to be had from its network."""
+    built = {
+        "BASE_IMAGE": "tests/torch",
+        "PIP_EXTRA_INDEX_URL": "",
+        "COMPOSE_DOCKER_CLI_BUILD": "1",
+        "PATH": "/usr/bin:/bin",
+    }
+    engine.compose("--file", COMPOSE, "build", environment=built)
+    assert engine.docker("run", "--rm", IMAGE, "id", "--user").stdout == f"{USER}\n"
 
 
 class Project:
@@ -339,6 +352,9 @@ def test_hosts_over_ssh_are_checked_and_train_as_two_local_processes_do(
     assert ran.returncode == 0, ran.stderr
     assert re.search("^one: finished: 10 steps", ran.stdout, re.MULTILINE), ran.stdout
     assert_same_steps(hosts.work / "run", expected)
+    assert [line["code"] for line in attempts.read(hosts.work / "run") if line["event"] == "end"] == [
+        0
+    ]  # for launch status
     assert hosts.containers() == [] and not list(hosts.work.parent.rglob("pwned"))
 
 
