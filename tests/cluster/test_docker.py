@@ -145,15 +145,17 @@ def test_files_are_without_complaint(words: list[str]) -> None:
 # -- compose ---------------------------------------------------------------------------------------------------------
 
 
-def test_compose_builds_the_image(engine: Engine) -> None:
+def test_compose_builds_the_image(engine: Engine, tmp_path: Path) -> None:
     """From what the engine has kept: nothing is to be had from its network."""
+    override = tmp_path / "override.json"
+    override.write_text(json.dumps({"services": {"data": {"build": {"network": "host"}}}}))  # as what was kept
     built = {
         "BASE_IMAGE": "tests/torch",
         "PIP_EXTRA_INDEX_URL": "",
         "COMPOSE_DOCKER_CLI_BUILD": "1",
         "PATH": "/usr/bin:/bin",
     }
-    engine.compose("--file", COMPOSE, "build", environment=built)
+    engine.compose("--file", COMPOSE, "--file", override, "build", environment=built)
     assert engine.docker("run", "--rm", IMAGE, "id", "--user").stdout == f"{USER}\n"
 
 
