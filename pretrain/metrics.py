@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,37 @@ from pretrain.config.folder import METRICS
 
 class Metrics:
     """Appends to RUN/metrics.jsonl. `step`: the run stands after so many steps; lines beyond it, and a line that a
-    killed process left unfinished, are removed first."""
+    killed process left unfinished, are removed first. Lines for which the disk has no room wait in memory, some hundred
+    bytes each, which `warn` is told once; `flush` raises OSError where some still wait."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, warn: Callable[[str], None] = lambda _: None) -> None:
         path = run / METRICS
         if path.exists():
             _cut_back(path, step)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._waiting, self._warn, self._full = b"", warn, False
+        self._lock = threading.Lock()  # the thread that saves flushes
 
     def write(self, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(fields), allow_nan=False) + "\n")
+        line = (json.dumps(finite(fields), allow_nan=False) + "\n").encode()
+        try:
+            self._put(line)
+        except OSError as error:
+            if not self._full:
+                self._warn(f"{METRICS} cannot be written: {error}; its lines wait in memory until there is room")
+            self._full = True
 
     def flush(self) -> None:
         """Bring the lines to the disk."""
+        self._put()
         os.fsync(self._file.fileno())
+
+    def _put(self, line: bytes = b"") -> None:
+        with self._lock:
+            self._waiting += line
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._full = False
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ samples and saving; the first step after a start, and of each phase, compiles an
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -27,7 +28,8 @@ from pretrain.flops import needed_flops, peak_flops
 from pretrain.gauges import Histograms, Norms
 from pretrain.metrics import Metrics, finite
 from pretrain.results import RESULT, of_run, validations, write_result
-from pretrain.saving import Saved
+from pretrain.room import Lasting
+from pretrain.saving import Saved, Unsaved
 from pretrain.schedule import Plan
 from pretrain.terminal import Terminal
 from pretrain.validation import Result
@@ -96,6 +98,9 @@ class Silent:
     def saved(self, saved: Saved) -> None:
         """A checkpoint is on the disk."""
 
+    def unsaved(self, lost: Unsaved, last: str) -> None:
+        """A checkpoint could not be written; last: which one is the newest, in words."""
+
     def over(self, state: State, reason: str) -> None:
         """In place of `begin` and `end`, for a run that had ended before."""
 
@@ -144,13 +149,14 @@ class Reporter(Silent):
         self.plan = facts.plan
         self.terminal = Terminal(facts.plan.total_steps)
         self.metrics: Metrics | None = None
-        self.board: Board | None = None
+        self.board: Lasting | None = None
         self.unit = "examples" if config.objective.is_task else "tokens"
         self.rates = Rates(self.unit)
         self.criterion = "validation error" if config.objective.has_head else "validation loss"
         self.session, self.trained, self.trained_seconds = time.perf_counter(), 0, 0.0
         self.latest: dict[str, float] = {}
         self.saves: dict[str, float] = {}  # times of the last save, until they are logged
+        self.failures = 0  # checkpoints of this session that could not be written
         peak = peak_flops(grid.device, config.precision.compute, config.monitor.peak_tflops)
         self.flops = [needed_flops(phase, facts.vocab_size) for phase in self.plan.phases]
         # The formula has every weight's gradient: no share of the peak is told where some have none.
@@ -166,9 +172,10 @@ class Reporter(Silent):
     def begin(self, state: State) -> None:
         for name in (SUMMARY, RESULT):
             (self.folder / name).unlink(missing_ok=True)
-        self.metrics = Metrics(self.folder, state.step)
+        self.metrics = Metrics(self.folder, state.step, self.warn)
         if self.config.monitor.tensorboard:
-            self.board = Board(self.config, state.step, self.facts.parameters)
+            make = functools.partial(Board, self.config, parameters=self.facts.parameters)
+            self.board = Lasting(make, state.step, self.warn, "TensorBoard")
         if state.step:
             self.event("resume", state.step, self._resumed(state))
         self.terminal.say(*self._introduction(state))
@@ -237,6 +244,7 @@ class Reporter(Silent):
         assert self.metrics is not None
         rates = self.rates.fields()
         fields |= {**rates, **self.saves, "memory_bytes": self._memory()}
+        fields |= {"failed_saves": self.failures} if self.failures else {}
         self.saves = {}
         if rates and self.peak and self.unit == "tokens":
             fields |= {name: sum / self.rates.seconds / self.peak for name, sum in self.rates.flops.items()}
@@ -328,6 +336,13 @@ class Reporter(Silent):
             "checkpoint_stall_seconds": saved.stall_seconds,
             "checkpoint_write_seconds": saved.write_seconds,
         }
+
+    def unsaved(self, lost: Unsaved, last: str) -> None:
+        self.failures += 1
+        self.warn(
+            f"step {lost.step:,}: the checkpoint could not be written: {lost.error}. The training goes on ({last}); saving "
+            "is tried again when there is room, and whenever a checkpoint is due"
+        )
 
     def end(self, state: State, reason: str) -> None:
         speed = self.trained / self.trained_seconds if self.trained_seconds else None

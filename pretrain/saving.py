@@ -50,6 +50,13 @@ class Saved(NamedTuple):
     unremoved: str  # why an older one could not be removed, or empty
 
 
+class Unsaved(NamedTuple):
+    """A checkpoint that a disk had no room for."""
+
+    step: int
+    error: str
+
+
 class Order(NamedTuple):
     """What goes into a checkpoint beside the tensors, and what becomes of the others."""
 
@@ -69,14 +76,16 @@ class Saver:
         self.host = HostMemory()
         self.step = 0  # of the last save
         self.writing: Future[None] | None = None
-        self.saved: deque[Saved] = deque()  # not yet told of
+        self.ended: deque[Saved | Unsaved] = deque()  # not yet told of
+        self.bytes = 0  # of this rank's share
 
     def save(self, order: Order, engine: Engine) -> None:
-        """Copy the tensors and begin to write them, once the save before is done. Collective. Raises what that raised."""
+        """Copy the tensors and begin to write them, once the save before is done. Collective. Raises as `wait` does."""
         started = time.perf_counter()
         self.wait()
         self.step = order.state.step
         boxes = held_boxes(engine, self.grid, self.host)
+        self.bytes = sum(box.values.nbytes for box in boxes)
         stall = time.perf_counter() - started
         self.writing = Future()
         # A daemon: a process that ends by an error must not wait here for ranks that wait for it.
@@ -84,17 +93,22 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """The last save ended with an error, which `wait` raises."""
+        """The last save ended with an error, of which `wait` was not told yet."""
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def wait(self) -> None:
-        """Until no save is in flight. Raises OSError, on every rank, where a disk failed."""
-        if self.writing is not None:
-            self.writing.result()
+        """Until no save is in flight. One that a disk failed is `unsaved`, on every rank; raises any other error of it."""
+        writing, self.writing = self.writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            self.ended.append(Unsaved(self.step, str(error)))
 
-    def take(self) -> Saved | None:
-        """A save that is done, once."""
-        return self.saved.popleft() if self.saved else None
+    def take(self) -> Saved | Unsaved | None:
+        """A save that has come to its end, once; one that failed after a `wait`."""
+        return self.ended.popleft() if self.ended else None
 
     # -- in the thread ---------------------------------------------------------------------------------------------
 
@@ -102,7 +116,7 @@ class Saver:
         started = time.perf_counter()
         try:
             size, unremoved = self._write_whole(order, boxes)
-            self.saved.append(Saved(order.state.step, stall, time.perf_counter() - started, size, unremoved))
+            self.ended.append(Saved(order.state.step, stall, time.perf_counter() - started, size, unremoved))
             result.set_result(None)
         except BaseException as error:
             result.set_exception(error)

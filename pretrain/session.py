@@ -45,7 +45,8 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     run.heartbeat = heartbeat
     run.profile.first = profile
     reporter = Reporter(config, grid, facts_of(run)) if grid.rank == 0 else Silent()
-    with run.disk_may_fill(), reporter as run.reporter:
+    report = run.keeper.report_may_fail("the run's report")
+    with report, reporter as run.reporter:
         run.resume()
         over = run.ending(stop=False)
         reason = over or train(run)

@@ -8,6 +8,8 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
+from pretrain.room import FAILS
+
 
 class Terminal:
     """total: steps of the run."""
@@ -60,10 +62,14 @@ class Terminal:
             self.live.update(self.task, numbers="  ".join(numbers), eta=eta)
 
     def say(self, *lines: str) -> None:
-        """Lines that stay, above the live one."""
-        for line in lines:
-            self.console.print(line)
-        sys.stdout.flush()
+        """Lines that stay, above the live one. A full disk behind them, as a job's output has it, ends no run."""
+        try:
+            for line in lines:
+                self.console.print(line)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in FAILS:
+                raise
 
     def close(self) -> None:
         if self.live is not None:

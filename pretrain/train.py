@@ -6,10 +6,7 @@ config, `State` and the engine's tensors, so a checkpoint holds just these.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -36,18 +33,16 @@ from pretrain.finetuning.responses import AnswerJudge
 from pretrain.heartbeat import Heartbeat
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
+from pretrain.keeping import Keeper
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.labelled import Labelled
 from pretrain.profile import Profiler
 from pretrain.report import Silent
-from pretrain.saving import Order, Saver
 from pretrain.schedule import Plan
 from pretrain.showing import Showing
 from pretrain.trainable import frozen_weights
 from pretrain.validation import Validation
-
-DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class StepData(NamedTuple):
@@ -59,6 +54,7 @@ class StepData(NamedTuple):
     size: int  # sequences of the step over all ranks
     targets: list[float]  # targets of each term of the loss that count, over all ranks
     stop: bool  # some rank was asked to stop
+    save: bool  # what could not be saved before may have room now
     waited: float  # seconds for the data
 
 
@@ -76,10 +72,10 @@ def train(run: Run) -> str:
             run.validate()
         run.show()
         reason = run.ending(data.stop or run.asked_alone)
-        if reason or run.to_be_kept or run.due(run.config.checkpoint.every):
+        if reason or run.to_be_kept or run.due(run.config.checkpoint.every) or data.save:
             run.save()
         if reason:
-            run.finish_saving()
+            run.end_saving()
             return reason
     return "finished"
 
@@ -100,7 +96,7 @@ class Run:
         self.start = start_of(config, grid, self.frozen, None if sources.task is None else sources.task.labels)
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
         self.engine, self.built.schedule.phase = self.built.engine, self.profile.phase
-        self.saver = Saver(self.folder, grid)
+        self.keeper = Keeper(config, grid, self.plan)
         self.validation = self._validation()
         self.showing = Showing(config, grid, sources, self.objective, self.built)
         self.state = State()
@@ -151,21 +147,23 @@ class Run:
             source.close()
 
     def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
-        size = self.plan.micro_size(self.state.step)
+        micro_size = self.plan.micro_size(self.state.step)
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
-        made = [self.objective(*micro) for micro in zip(*(part.split(size) for part in rows), strict=True)]
+        made = [self.objective(*micro) for micro in zip(*(part.split(micro_size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
+        asked, keeper = self.interrupt.asked, self.keeper
         told = self.grid.total_on_host(
-            *counted.numpy().tolist(), self.interrupt.asked, self.saver.failed, self.profile.asked()
+            *counted.numpy().tolist(), asked, keeper.failed, keeper.tries_again, self.profile.asked()
         )
-        *targets, stop, failed, profile = told
+        *targets, stop, failed, again, profile = told
         if failed:
-            self.finish_saving()  # which raises
+            keeper.finish(self.reporter)
         if profile:
             self.reporter.say(self.profile.ask(self.state.step + 1, self.plan.total_steps))
         batches = [batch.to(self.grid.device) for batch in made]
-        return StepData(numbers, tokens, batches, len(numbers) * self.grid.data_size, targets, stop > 0, waited)
+        size = len(numbers) * self.grid.data_size
+        return StepData(numbers, tokens, batches, size, targets, stop > 0, again > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
         """This rank's sum of losses, one a term; gradients of the terms' means over all their targets accumulate."""
@@ -231,7 +229,7 @@ class Run:
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
         self.reporter.step_done(self.state.step, data.waited)
-        self.tell_saved()
+        self.keeper.tell(self.reporter)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         self.heartbeat.mark(self.state.step, "report")
@@ -292,14 +290,7 @@ class Run:
     @property
     def to_be_kept(self) -> bool:
         """The checkpoint of this step is one of those to keep: it must be written."""
-        return self.kept(self.state, self.state.step)
-
-    def kept(self, state: State, step: int) -> bool:
-        """Whether, with the run in `state`, a step's checkpoint is kept however old it is: it has the best validation
-        loss, or an interval of `checkpoint.keep_every` ended with it."""
-        settings = self.config.checkpoint
-        best = settings.keep_best and state.best_step == step
-        return best or self.plan.due(settings.keep_every, step - 1, step)
+        return self.keeper.keeps(self.state, self.state.step)
 
     @property
     def asked_alone(self) -> bool:
@@ -330,50 +321,11 @@ class Run:
         if self.state.bad_steps:  # a checkpoint should be a place that one wants to go on from
             self.reporter.warn(f"step {self.state.step}: saving after {self.state.bad_steps} skipped steps")
         about = runs.about(self.grid, self.sources.fingerprint, self.built.kernels, self.start.digest)
-        keep = functools.partial(self.kept, self.state)  # the state as it is now, whenever the thread comes to ask
-        order = Order(self.state, about, self.config.checkpoint.keep_last, keep, self.reporter.flush)
-        with self.reporter.pause(), self.saving():
-            self.saver.save(order, self.engine)
-        self.tell_saved()
+        self.keeper.save(self.state, about, self.engine, self.reporter)
 
-    def finish_saving(self) -> None:
+    def end_saving(self) -> None:
         self.heartbeat.mark(self.state.step, "end of save")
-        with self.reporter.pause(), self.saving():
-            self.saver.wait()
-        self.tell_saved()
-
-    def tell_saved(self) -> None:
-        while saved := self.saver.take():
-            self.reporter.saved(saved)
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """What is waited for inside may find no space."""
-        try:
-            yield
-        except OSError as error:
-            raise self._unwritten(f"the checkpoint of step {self.saver.step}", error) from error
-
-    def _unwritten(self, what: str, error: OSError) -> UserError:
-        with contextlib.suppress(Exception):
-            self.saver.wait()  # one that is under way may yet be the last good one
-        steps = checkpoint.list_steps(self.folder)
-        last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
-        return UserError(
-            f"{what} could not be written: {error}\n"
-            f"Nothing was lost of the checkpoints before ({last}). Free space and start again with\n"
-            f"  python -m pretrain train {self.folder}"
-        )
-
-    @contextlib.contextmanager
-    def disk_may_fill(self) -> Iterator[None]:
-        """What is reported inside may find no space."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in DISK_FAILS:
-                raise
-            raise self._unwritten(f"the report of step {self.state.step}", error) from error
+        self.keeper.end(self.reporter)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one. A run that is over is left as it is."""
