@@ -17,6 +17,7 @@ import torch.distributed as dist
 from kernels.vector_math import settle
 from parallel.axes import ContextAxis, TensorAxis
 from parallel.layout import Layout, rank_and_world
+from parallel.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def pick_device() -> torch.device:
 def start_grid(layout: Layout, timeout_seconds: float) -> Grid:
     """Join the other processes and build the groups. A second call in one process rebuilds them for another layout.
 
-    Raises RuntimeError (from torch) when the others do not join, or stop answering, within the timeout.
+    Raises NotMet where the others do not come, RuntimeError (from torch) when they stop answering within the timeout.
     """
     settle()
     device = pick_device()
@@ -125,7 +126,10 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     if rank_and_world()[1] == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        rank, world = rank_and_world()
+        store = meet(rank, world, device.type, timeout.total_seconds())
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
 
 
 def _parallel_grid(layout: Layout, rank: int, world: int, device: torch.device, timeout: timedelta) -> Grid:

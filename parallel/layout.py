@@ -45,6 +45,11 @@ class ParallelConfig(BaseModel):
         description="activations made again in the backward pass: none, selective (attention) or full (each layer)",
     )
     timeout: float = Field(600.0, gt=0, description="seconds after which a rank that waits for the others gives up")
+    bandwidth_floor: float | None = Field(
+        None,
+        gt=0,
+        description="MB/s that an all-reduce of each group must reach as a run starts, else the slow host is named; null: any",
+    )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that has left is no error; not when Python exits
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return Exit.MISTAKE
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Exit.INTERRUPTED

@@ -11,12 +11,16 @@ Beats are compared with themselves, never with a clock, so hosts need not agree 
 as a whole goes on. Collectives on a GPU raise nothing that Python could catch, so each rank also watches the beat of the
 next one (a ring: one read a second, however many ranks), and the finding.
 
-A rank that parts from the others ends with exit code 3 and one line.
+A rank that parts from the others ends with exit code 3 and one line. Before it stand the Python stacks of its threads and,
+where it has read all beats, the place of every rank, with the collective that its main thread was in as it beat. A rank
+whose interpreter does not run, since native code keeps its lock, beats no more and can say nothing itself: faulthandler, which
+needs no lock, then writes its stacks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
@@ -25,12 +29,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import FrameType, TracebackType
+from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from parallel.meeting import NotMet
+from pretrain import stacks
 from pretrain.errors import Exit
+from pretrain.pulse import Pulse
 
 BEAT = 1.0  # seconds
 LOOK = 2.2 * BEAT  # seconds in which a living rank beats twice
@@ -49,10 +57,19 @@ class Beat(NamedTuple):
     host: str
     lost: bool  # has lost the others itself
     ended: str  # by which error of its own
+    inside: str = ""  # the function that the main thread was in, or the collective
+    collective: str = ""  # the last one that it was seen in
 
     @property
     def place(self) -> str:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
+
+    @property
+    def told(self) -> str:
+        """The place, and what it was in there."""
+        inside = f" ({self.inside})" if self.inside else ""
+        elsewhere = self.collective and not self.collective.startswith(self.inside)
+        return f"{self.place}{inside}{f'; last seen in a collective: {self.collective}' if elsewhere else ''}"
 
 
 class Heartbeat:
@@ -68,8 +85,11 @@ class Heartbeat:
         self.shared: Any = None
         self.store: Any = None
         self.heard: Beat | None = None  # of the next rank
+        self.everyone: list[Beat | None] = []  # once they were asked for a finding
+        self.pulse: Pulse | None = None
         self.first: Beat | None = None  # of rank 0, which may not answer when it is asked
         self.finding = ""
+        self.left: stacks.Inside | None = None  # what the main thread was in when it lost the others
         self.over = threading.Event()  # the main thread leaves the context
         self.leaving = threading.Lock()  # one thread tells and ends
         self.beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -89,35 +109,54 @@ class Heartbeat:
         self.beats.start()
         threading.Thread(target=self._watch, name="heartbeat-watch", daemon=True).start()
 
+    def show(self, folder: Path) -> None:
+        """Keep the place in the run's folder too, on rank 0, for whoever looks from outside."""
+        if self.rank == 0:
+            self.pulse = Pulse(
+                folder, lambda: (self.now.step, f"failed: {self.now.ended}" if self.now.ended else self.now.phase)
+            )
+
     def __enter__(self) -> Heartbeat:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.world > 1 and error is not None and lost_others(error):
-            self.now = self.now._replace(lost=True)
-            how = f"waited {self.timeout:g} s for" if "timed out" in str(error).lower() else "lost"
-            finding = self.find()
+            self.left, self.now = stacks.inside(stacks.of_error(traceback)), self.now._replace(lost=True)
+            waited = "timed out" in str(error).lower() or isinstance(error, NotMet)
+            how = f"waited {self.timeout:g} s for" if waited else "lost"
+            finding = str(error) if isinstance(error, NotMet) else self.find()
             if finding:
-                self._leave(how, collective([frame for frame, _ in _walk(traceback)]), finding)
+                self._leave(how, stacks.of_error(traceback), finding)
         self.now = self.now._replace(phase=DONE) if error is None else self.now._replace(ended=_first_line(error))
         self.over.set()
+        if self.pulse is not None:
+            self.pulse.stop()
         if self.beats.is_alive():
             self.beats.join(ANSWER)
+            faulthandler.cancel_dump_traceback_later()
 
     # -- the two threads -----------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         """Write a beat, read the next rank's and the finding; the last beat says how the run has ended here."""
-        following = (self.rank + 1) % self.world
+        following, collective = (self.rank + 1) % self.world, ""
         with contextlib.suppress(RuntimeError):  # the store is gone: `_watch` hears nothing new
             for number in itertools.count(1):
                 over = self.over.is_set()
-                self.store.set(self._key(self.rank), json.dumps(self.now._replace(number=number)))
+                faulthandler.dump_traceback_later(max(self.timeout, 3 * BEAT), file=2)
+                inside, collective = self._look(collective)
+                beat = self.now._replace(number=number, inside=inside, collective=collective)
+                self.store.set(self._key(self.rank), json.dumps(beat))
                 if over:
                     return
                 self.heard, self.first = self._read(following), self._read(0)
                 self.finding = self._read_finding()
                 self.over.wait(BEAT)
+
+    def _look(self, collective: str) -> tuple[str, str]:
+        """At the main thread, which pays nothing for it: what it is in, and the last collective that it was seen in."""
+        inside = self.left or stacks.inside(stacks.main_thread())
+        return str(inside), f"{inside}, step {self.now.step}" if inside.collective else collective
 
     def _watch(self) -> None:
         """End this process when the others have parted and its main thread does not notice."""
@@ -130,8 +169,7 @@ class Heartbeat:
                 if self.over.wait(LOOK) or self.now.lost:  # it has an error, and tells
                     return
                 finding = self.find()
-                frame = sys._current_frames().get(threading.main_thread().ident or 0)
-                self._leave("waited for", collective(_outwards(frame)), finding or "no rank has parted")
+                self._leave("waited for", stacks.main_thread(), finding or "no rank has parted")
 
     def _key(self, rank: int) -> str:
         return f"beat-{rank}"
@@ -177,18 +215,21 @@ class Heartbeat:
                 answered.set()
             if not finding:
                 time.sleep(LOOK)
-                finding = first_to_part(before, self._read_all())
+                self.everyone = self._read_all()
+                finding = first_to_part(before, self.everyone)
             if finding:
                 finding = self.store.compare_set(FINDING, "", finding).decode()
             found.append(finding)
 
-    def _leave(self, how: str, where: str, finding: str) -> None:
+    def _leave(self, how: str, main: stacks.Lines, finding: str) -> None:
         """Say it and end the process, whatever its other threads wait for."""
         if not self.leaving.acquire(blocking=False):
             threading.Event().wait()  # the other thread ends us
-        name = f"rank {self.rank} ({self.now.host})"
+        name, where = f"rank {self.rank} ({self.now.host})", stacks.inside(main)
+        lines = [*stacks.told(main), *(["where the ranks were:", *places(self.everyone)] if self.everyone else [])]
+        line = f"{name}: {self.now.place}: {how} the others ({where}): {finding}"
         sys.stdout.flush()
-        print(f"{name}: {self.now.place}: {how} the others{where}: {finding}", file=sys.stderr, flush=True)
+        print("\n".join([*(f"{name}: {text}" for text in lines), line]), file=sys.stderr, flush=True)
         if self.rank == 0 and self.world > 2:
             time.sleep(1.5 * BEAT)  # the store ends with us: let the others read the finding
         os._exit(Exit.PARTED)
@@ -210,6 +251,23 @@ def first_to_part(before: Sequence[Beat | None], after: Sequence[Beat | None]) -
     return ""
 
 
+def places(everyone: Sequence[Beat | None]) -> Iterator[str]:
+    """A line for all ranks that are at the same place: thousands of them are a few lines."""
+    ranks: dict[str, list[int]] = {}
+    for rank, beat in enumerate(everyone):
+        ranks.setdefault(beat.told if beat is not None else "never beat", []).append(rank)
+    for place, at in ranks.items():
+        hosts = sorted({beat.host for rank in at if (beat := everyone[rank]) is not None})
+        named = f" ({', '.join(hosts[:3])}{', ...' if len(hosts) > 3 else ''})" if hosts else ""
+        yield f"  {'ranks' if len(at) > 1 else 'rank'} {_ranges(at)}{named}: {place}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> 0-2, 5"""
+    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)
+
+
 def _tell(beats: dict[int, Beat], what: str) -> str:
     return "; ".join(f"rank {rank} ({beat.host}) {what}, its last beat: {beat.place}" for rank, beat in beats.items())
 
@@ -217,33 +275,6 @@ def _tell(beats: dict[int, Beat], what: str) -> str:
 def lost_others(error: BaseException) -> bool:
     """Whether torch.distributed raised it because another rank went or did not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
-def collective(frames: Sequence[FrameType]) -> str:
-    """` (all_reduce in average)`: the collective of a stack, outermost frame first, and the function that called it."""
-    names = [(frame.f_code.co_filename, frame.f_code.co_name) for frame in frames]
-    caller = ""
-    for file, name in names:
-        if name == "wrapper" or "/deepspeed/comm/" in file or file.endswith("parallel/collectives.py"):  # only pass on
-            continue
-        if "/torch/distributed/" in file or file.endswith("p2p_communication.py"):
-            return f" ({name} in {caller})" if caller else f" ({name})"
-        caller = name
-    return f" (in {caller})" if caller else ""
-
-
-def _walk(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
-
-
-def _outwards(frame: FrameType | None) -> list[FrameType]:
-    frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames[::-1]
 
 
 def _first_line(error: BaseException) -> str:

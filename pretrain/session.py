@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from parallel.grid import start_grid, stop_grid
+from parallel.grid import stop_grid
 from parallel.layout import Layout, rank_and_world
-from pretrain import agreement
+from pretrain import agreement, preflight
 from pretrain.build import choose_precision, stage_layers
 from pretrain.config.folder import STOP
 from pretrain.config.run import Config
@@ -37,10 +37,11 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     rank, world = rank_and_world()
     layout = Layout.of(config.parallel, world)
     interrupt = Interrupt.watch(None if rank else Path(config.run.dir) / STOP)
-    grid = start_grid(layout, config.parallel.timeout)
+    grid = preflight.join(layout, config.parallel.timeout)
     heartbeat.start()
     agreement.check(config, sources, grid, {"--profile": str(profile)})
     config = choose_precision(config, grid)
+    unfit = preflight.check(config, sources, grid)
     run = Run(config, grid, sources, interrupt)
     run.heartbeat = heartbeat
     run.profile.first = profile
@@ -49,6 +50,10 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     with report, reporter as run.reporter:
         run.resume()
         over = run.ending(stop=False)
+        if not over:
+            heartbeat.show(run.folder)
+            for line in unfit:
+                run.reporter.warn(line)
         reason = over or train(run)
         (run.reporter.over if over else run.reporter.end)(run.state, reason)
         if unmeasured := run.profile.close():

@@ -1,4 +1,4 @@
-"""The commands that make shards and runs: prepare, train, verify, sweep. Each imports what it needs when it runs."""
+"""The commands that make shards and runs: prepare, train, preflight, verify, sweep. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def _train(args: argparse.Namespace) -> int:
     return session.main(config, sources, args.profile)
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from pretrain import preflight
+
+    return preflight.main(args)
+
+
 def _verify(args: argparse.Namespace) -> int:
     from pretrain import verify
 
@@ -70,6 +76,11 @@ def add_commands(add: Add) -> None:
         "--help-config", action="store_true", help="print every field with its default and meaning, as YAML"
     )
     add_profile_option(train)
+    _preflight_options(
+        add(
+            "preflight", _preflight, "Check that the hosts are fit for a run.", "preflight configs/gpt/demo.yaml --json"
+        )
+    )
     verify = add(
         "verify",
         _verify,
@@ -92,6 +103,26 @@ def add_commands(add: Add) -> None:
         "--timeout", type=float, default=600, metavar="S", help="seconds a run may be silent (default: 600)"
     )
     _sweep_options(add)
+
+
+def _preflight_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a run's folder")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
+    command.add_argument("--json", action="store_true", help="one line of JSON in place of text")
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="S",
+        help="seconds to wait for ranks that do not come (default: 60)",
+    )
+    command.add_argument(
+        "--floor",
+        type=float,
+        default=1,
+        metavar="MB/S",
+        help="that an all-reduce of each group must reach, unless parallel.bandwidth_floor says so (default: 1)",
+    )
 
 
 def _prepare_options(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import re
 import signal
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import heartbeat
+from pretrain import heartbeat, pulse
+from pretrain.errors import UserError
 from pretrain.heartbeat import Beat, Heartbeat, first_to_part
 from tests.distributed import RankError, run_ranks
 from tests.training import write_config
@@ -56,7 +59,6 @@ def train_to_the_fault(path: str, overrides: list[str], victim: int, fault: str,
     from parallel.layout import rank_and_world
     from pretrain import runs, session
     from pretrain.data.sources import Sources
-    from pretrain.errors import UserError
 
     heartbeat.BEAT, heartbeat.LOOK, heartbeat.ANSWER = 0.1, 0.5, 0.5
     rank, world = rank_and_world()
@@ -82,6 +84,8 @@ def _arrange(fault: str) -> None:
         _on_call(Run, "update", 2, lambda: _stop("count of targets"))
     if fault == "raise in save":
         _on_call(saving, "held_boxes", 1, _raise)
+    if fault == "hold the interpreter":
+        _on_call(Run, "update", 2, _hold)
     if fault == "wait for data":
         _on_call(Stream, "gather", 5, lambda: threading.Event().wait(60))
     _on_call(Heartbeat, "start", 1, lambda beating: STARTED.append(beating))
@@ -120,18 +124,32 @@ def _numbers(beating: Heartbeat) -> list[int]:
 
 
 def _raise() -> None:
-    raise OSError("the disk has gone")
+    raise UserError("the memory has gone")
+
+
+def _hold() -> None:
+    """As native code may: no other thread of this process runs Python for a minute. Its errors go to a file."""
+    os.dup2(os.open("held", os.O_WRONLY | os.O_CREAT), 2)
+    ctypes.PyDLL(None).sleep(60)
 
 
 def fault_ends(world: int, function: Callable[..., Any], *args: Any, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of the rank that ended first, which ends with exit code 3 in time."""
+    return fault_tells(world, function, *args, capsys=capsys)[1]
+
+
+def fault_tells(
+    world: int, function: Callable[..., Any], *args: Any, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, str]:
+    """All that this rank wrote, and the line."""
     started = time.monotonic()
     with pytest.raises(RankError, match="ended by itself with exit code 3"):
         run_ranks(world, function, *args, timeout=40)
-    lines = [line for line in capsys.readouterr().out.splitlines() if ": step " in line or ": start: " in line]
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if " the others" in line]
     assert lines and time.monotonic() - started < 30
     assert len({re.sub(r".* the others.*?\): ", "", line) for line in lines}) == 1, "all tell the same"
-    return lines[0]
+    return out, lines[0]
 
 
 def config_of(folder: Path, shards: Path) -> str:
@@ -167,23 +185,42 @@ def test_a_rank_that_ended_by_its_own_error_is_named_with_the_error(
 ) -> None:
     line = fault_ends(2, train_to_the_fault, config_of(tmp_path, tiny_data), [], 1, "raise in save", capsys=capsys)
     assert f"rank 0 ({HOST}): step 3, count of targets: lost the others" in line
-    error = "UserError: the checkpoint of step 2 could not be written: the disk has gone"
+    error = "UserError: the memory has gone"
     assert line.endswith(f"rank 1 ({HOST}) ended by itself, its last beat: step 2, save ({error})"), line
 
 
 def test_a_rank_that_lives_but_hangs_is_named_as_the_one_behind(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = fault_ends(2, train_to_the_fault, config_of(tmp_path, tiny_data), [], 1, "wait for data", capsys=capsys)
+    """With the place of every rank, and the stack of the one that tells."""
+    arguments = (config_of(tmp_path, tiny_data), [], 1, "wait for data")
+    out, line = fault_tells(2, train_to_the_fault, *arguments, capsys=capsys)
     assert re.search(
         r"step (\d), count of targets: waited 3 s .*rank 1 .* was behind, its last beat: step \1, data$", line
+    )
+    waiting = rf"rank 0 \({HOST}\): step \d, count of targets \(all_reduce in total_on_host\)"
+    behind = rf"rank 1 \({HOST}\): step \d, data \(in \w+\); last seen in a collective: \w+ in \w+, step \d"
+    assert re.search(rf"where the ranks were:\n.*: +{waiting}\n.*: +{behind}\n.*{re.escape(line)}", out), out
+    assert re.search(r'rank 0 .*File ".*parallel/grid.py", line \d+, in total_on_host\n', out), out
+
+
+def test_a_rank_whose_interpreter_is_held_is_named_and_leaves_its_stack(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It beats no more and can run no Python, so it is faulthandler that writes."""
+    monkeypatch.chdir(tmp_path)
+    arguments = (config_of(tmp_path, tiny_data), ["parallel.zero=1"], 1, "hold the interpreter")
+    line = fault_ends(2, train_to_the_fault, *arguments, capsys=capsys)
+    assert f"rank 1 ({HOST}) did not answer, its last beat: step 2" in line
+    assert re.search(
+        r'File ".*test_heartbeat.py", line \d+ in _hold\n(.*\n)* +File ".*train.py"', Path("held").read_text()
     )
 
 
 def test_a_rank_that_never_comes_is_missed(tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fault_ends(2, come_alone, config_of(tmp_path, tiny_data), capsys=capsys)
-    assert line.startswith(f"[rank 0] rank 0 ({HOST}): start: waited 1.5 s for the others (init_process_group in _join")
-    assert line.endswith("not all 2 ranks have come")
+    assert line.startswith(f"[rank 0] rank 0 ({HOST}): start: waited 1.5 s for the others (in _await): ")
+    assert line.endswith(f"rank 1 of 2 has not come within 1.5 s; here are those of {HOST}")
 
 
 def come_alone(path: str) -> None:
@@ -254,6 +291,38 @@ def test_one_process_has_no_watch() -> None:
 def test_an_error_that_is_no_lost_rank_is_left_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="shape"), Heartbeat(0, 2, 1.0):
         raise RuntimeError("shape mismatch")
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_folder_says_where_it_is_while_it_lives_and_how_it_ended(tmp_path: Path) -> None:
+    def read() -> dict[str, Any]:
+        read: dict[str, Any] = json.loads((tmp_path / pulse.NAME).read_text())
+        return read
+
+    def wait_for(step: int) -> dict[str, Any]:
+        while not (tmp_path / pulse.NAME).exists() or read()["step"] != step:
+            time.sleep(0.01)
+        return read()
+
+    pulse.PERIOD = 0.02
+    before = time.time()
+    with Heartbeat() as beating:
+        beating.mark(3, "data")
+        beating.show(tmp_path)
+        first = wait_for(3)
+        while (later := read())["time"] == first["time"]:
+            time.sleep(0.01)
+        beating.mark(4, "forward-backward")
+        last = wait_for(4)
+    assert (first["phase"], first["host"], first["pid"]) == ("data", HOST, os.getpid())
+    assert before < first["since"] == later["since"] < later["time"] < last["since"] <= last["time"] < time.time()
+    assert read()["phase"] == "done" and [path.name for path in tmp_path.iterdir()] == [pulse.NAME]
+    with pytest.raises(ZeroDivisionError), Heartbeat() as beating:
+        beating.show(tmp_path)
+        raise ZeroDivisionError("no loss")
+    assert read()["phase"] == "failed: ZeroDivisionError: no loss"
 
 
 # -- who was first ---------------------------------------------------------------------------------------------------
