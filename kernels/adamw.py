@@ -76,6 +76,7 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self.backend = moments, backend
         self.copies: dict[Tensor, Tensor] = {}
         self.launches = 0  # of the step's own kernel, torch's or Triton's
+        self.leaves_out = False  # the next update that begins changes nothing, whatever its norm
         self._chosen: dict[torch.device, types.ModuleType | None] = {}
         self._tables: dict[tuple[int, ...], Any] = {}
         self._count: Tensor | None = None
@@ -101,9 +102,10 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def bound(self, norm: Tensor, clip_norm: float) -> Tensor:
         """Begin an update: clip by this gradient norm (by none where clip_norm is 0), or change nothing where it is not
-        finite: masters, moments and count. Returns whether it is finite, (), bool."""
+        finite, or `leaves_out` was set: masters, moments and count. Returns whether it is applied, (), bool."""
         norm = norm.to(self._device())  # it may lie on the device while DeepSpeed keeps the optimizer on the host
-        finite = norm.isfinite()
+        finite = norm.isfinite() & (not self.leaves_out)
+        self.leaves_out = False
         divisor = ((norm + 1e-6) / clip_norm).clamp(min=1.0).to(torch.float32) if clip_norm > 0 else None
         self._restart(Bound(divisor, (~finite).to(torch.float32)))
         return finite

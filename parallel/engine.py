@@ -72,6 +72,9 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> Step:
         """Finish the accumulated gradients, clip, update, clear."""
 
+    def leave_out(self) -> None:
+        """The next step finishes and clears the gradients, but changes nothing."""
+
     def shares(self) -> Iterator[Share]:
         """What this rank keeps; over the data-parallel ranks each parameter's elements appear at least once."""
 
@@ -141,6 +144,9 @@ class Counted:
     @updates.setter
     def updates(self, count: int) -> None:
         self.optimizer.updates = count
+
+    def leave_out(self) -> None:
+        self.optimizer.leaves_out = True
 
     def _set_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

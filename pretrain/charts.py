@@ -21,7 +21,7 @@ from __future__ import annotations
 
 FOLDER = "tensorboard"  # in a run's folder
 VALIDATION, TRAINING = "loss/validation", "loss/train"
-EVENTS = ("checkpoint", "resume", "skip")
+EVENTS = ("checkpoint", "resume", "rewind", "skip", "spike")
 TAGS = {
     "loss": TRAINING,
     "validation_loss": VALIDATION,

@@ -46,19 +46,27 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def latest(run: Path, warn: Callable[[str], None] = log.warning, grid: Grid | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning. With a grid it is the same on
-    every rank, which each hash a part of the files. Collective then; raises UserError where there are only damaged ones."""
+def latest(
+    run: Path,
+    warn: Callable[[str], None] = log.warning,
+    grid: Grid | None = None,
+    wanted: Callable[[State], bool] = lambda _: True,
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole, of a state that is wanted; damaged ones are passed over with a warning. With a grid
+    it is the same on every rank, which each hash a part of the files. Collective then; raises UserError where there are only
+    damaged ones."""
     steps = list_steps(run)
     damaged = 0
     for step in reversed(steps if grid is None else grid.from_first(steps)):
         folder = folder_of(run, step)
         try:
-            return open_checkpoint(folder) if grid is None else _open_together(folder, grid)
+            found = open_checkpoint(folder) if grid is None else _open_together(folder, grid)
+            if wanted(found.state):
+                return found
         except UserError as error:
             damaged += 1
             warn(f"passing over a damaged checkpoint: {error}")
-    if damaged:
+    if damaged and damaged == len(steps):
         raise UserError(
             f"{run}: all {damaged} checkpoints are damaged, nothing can be resumed; "
             "remove the run's folder to start anew, or put back a copy"

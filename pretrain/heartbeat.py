@@ -68,8 +68,12 @@ class Beat(NamedTuple):
     def told(self) -> str:
         """The place, and what it was in there."""
         inside = f" ({self.inside})" if self.inside else ""
-        elsewhere = self.collective and not self.collective.startswith(self.inside)
-        return f"{self.place}{inside}{f'; last seen in a collective: {self.collective}' if elsewhere else ''}"
+        return f"{self.place}{inside}{f'; last seen in a collective: {self.collective}' if self.works else ''}"
+
+    @property
+    def works(self) -> bool:
+        """It was in no collective, though it has been in some."""
+        return bool(self.collective) and not self.collective.startswith(self.inside)
 
 
 class Heartbeat:
@@ -242,6 +246,7 @@ def first_to_part(before: Sequence[Beat | None], after: Sequence[Beat | None]) -
     silent = {rank: beat for rank, beat in known.items() if beat == before[rank]}
     lowest = min((beat.marks for beat in known.values()), default=0)
     behind = {rank: beat for rank, beat in known.items() if beat.marks == lowest and not beat.lost}
+    behind = {rank: beat for rank, beat in behind.items() if beat.works} or behind  # the others of these wait for them
     if ended:
         return _tell(ended, "ended by itself") + "".join(f" ({beat.ended})" for beat in ended.values())
     if silent:

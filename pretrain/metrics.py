@@ -14,14 +14,14 @@ from pretrain.config.folder import METRICS
 
 
 class Metrics:
-    """Appends to RUN/metrics.jsonl. `step`: the run stands after so many steps; lines beyond it, and a line that a
-    killed process left unfinished, are removed first. Lines for which the disk has no room wait in memory, some hundred
-    bytes each, which `warn` is told once; `flush` raises OSError where some still wait."""
+    """Appends to RUN/metrics.jsonl. `step`: the run stands after so many steps and was sent back `rewinds` times; lines
+    beyond either, and a line that a killed process left unfinished, are removed first. Lines for which the disk has no room
+    wait in memory, some hundred bytes each, which `warn` is told once; `flush` raises OSError where some still wait."""
 
-    def __init__(self, run: Path, step: int, warn: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, run: Path, step: int, warn: Callable[[str], None] = lambda _: None, rewinds: int = 0) -> None:
         path = run / METRICS
         if path.exists():
-            _cut_back(path, step)
+            _cut_back(path, step, rewinds)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._waiting, self._warn, self._full = b"", warn, False
         self._lock = threading.Lock()  # the thread that saves flushes
@@ -73,10 +73,11 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int, rewinds: int) -> None:
     partial = path.with_name(f".{METRICS}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for fields in read_metrics(path.parent):
-            if step and fields["step"] <= step:  # a run at step 0 says again what it is
+            # A run at step 0 says again what it is.
+            if step and fields["step"] <= step and fields.get("rewinds", 0) <= rewinds:
                 file.write(json.dumps(fields) + "\n")
     os.replace(partial, path)

@@ -21,7 +21,8 @@ from pretrain.config.folder import CHECKPOINTS
 from pretrain.errors import UserError
 from pretrain.storage import Entry
 
-FORMAT = 1
+FORMAT = 2  # 1: without SINCE_2
+SINCE_2 = ("losses", "loss_mean", "loss_distance", "skipped", "rewinds")  # of the state
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30  # bytes; a larger one is not ours
 _SAFE_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
@@ -39,6 +40,11 @@ class State:
     best_loss: float | None = None  # of the validations so far
     best_step: int | None = None
     validations_since_best: int = 0
+    losses: int = 0  # of the level that spikes are judged by, as are the next two (`pretrain.spikes.Level`)
+    loss_mean: float = 0.0
+    loss_distance: float = 0.0
+    skipped: tuple[tuple[int, int], ...] = ()  # ranges of sample numbers, [first, end), that were passed over
+    rewinds: int = 0  # times that the run was sent back
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ def _sha256(path: Path) -> str:
 
 
 def _parse(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{folder}: format {manifest['format']!r:.60}; this version reads format {FORMAT}")
-    state, files, about = _state(manifest["state"]), _files(manifest["files"]), manifest["about"]
+    if manifest["format"] not in (1, FORMAT):
+        raise UserError(f"{folder}: format {manifest['format']!r:.60}; this version reads formats 1 and {FORMAT}")
+    state, files, about = _state(manifest["state"], manifest["format"]), _files(manifest["files"]), manifest["about"]
     if folder.name != folder_of(folder, state.step).name:
         raise ValueError(f"it is the checkpoint of step {state.step}")
     if not isinstance(about, dict):
@@ -130,13 +136,24 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
     return Checkpoint(folder, state, entries, files, about)
 
 
-def _state(values: dict[str, Any]) -> State:
+def _state(values: dict[str, Any], number: int) -> State:
     for part in fields(State):
+        if number == 1 and part.name in SINCE_2:
+            continue
         value, optional = values[part.name], part.default is None
-        number = type(value) is float if part.name == "best_loss" else type(value) is int and 0 <= value < 2**63
-        if not number and not (optional and value is None):
+        if not _is_of_state(part.name, value) and not (optional and value is None):
             raise ValueError(f"state.{part.name} is {value!r:.60}")
-    return State(**values)
+    return State(**{**values, "skipped": tuple((first, end) for first, end in values.get("skipped", ()))})
+
+
+def _is_of_state(name: str, value: Any) -> bool:
+    if name == "skipped":
+        numbers = [0, *(number for pair in value for number in pair)] if isinstance(value, list) else [-1]
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        return whole and len(numbers) == 2 * len(value) + 1 and numbers == sorted(numbers)
+    if name in ("best_loss", "loss_mean", "loss_distance"):
+        return type(value) is float
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _files(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 Who cannot be reached is told when the ranks meet (`parallel.meeting`), who was given something else when they compare it
 (`pretrain.agreement`). Here each rank then tells what it has and needs, all ranks look at the same list, and come to the same
 findings (`pretrain.fitness`). `train` does this whenever it starts, and goes on where the finding only may spoil the run; the
-command `preflight` does it alone, and with any finding ends with exit code 4.
+command `preflight` does it alone, and with any finding ends with exit code 5.
 """
 
 from __future__ import annotations

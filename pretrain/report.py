@@ -64,6 +64,12 @@ class Silent:
 
     def warn(self, text: str) -> None: ...
 
+    def spike(self, step: int, words: str, facts: dict[str, Any]) -> None:
+        """The policy of `run.on_spike` has left a step out; facts: for metrics."""
+
+    def back(self, state: State, words: str, facts: dict[str, Any]) -> None:
+        """It has sent the run back to `state`: what was reported beyond is taken back."""
+
     def step_done(self, step: int, waited: float) -> None:
         """The step-th step ended, of which `waited` seconds were for data."""
 
@@ -172,15 +178,36 @@ class Reporter(Silent):
     def begin(self, state: State) -> None:
         for name in (SUMMARY, RESULT):
             (self.folder / name).unlink(missing_ok=True)
-        self.metrics = Metrics(self.folder, state.step, self.warn)
-        if self.config.monitor.tensorboard:
-            make = functools.partial(Board, self.config, parameters=self.facts.parameters)
-            self.board = Lasting(make, state.step, self.warn, "TensorBoard")
+        self._open(state)
         if state.step:
             self.event("resume", state.step, self._resumed(state))
         self.terminal.say(*self._introduction(state))
         self.terminal.start(state.step)
         self.rates.clear()
+
+    def _open(self, state: State) -> None:
+        """What is written step by step, cut back to where the run stands."""
+        self.metrics = Metrics(self.folder, state.step, self.warn, state.rewinds)
+        if self.config.monitor.tensorboard:
+            make = functools.partial(Board, self.config, parameters=self.facts.parameters)
+            self.board = Lasting(make, state.step, self.warn, "TensorBoard")
+
+    def spike(self, step: int, words: str, facts: dict[str, Any]) -> None:
+        assert self.metrics is not None
+        self.warn(f"step {step:,}: {words}")
+        self.metrics.write({"step": step, **facts})
+        self.event("rewind" if facts["event"] == "rewind" else "spike", step, f"step {step:,}: {words}")
+
+    def back(self, state: State, words: str, facts: dict[str, Any]) -> None:
+        assert self.metrics is not None
+        self.metrics.close()
+        if self.board is not None:
+            self.board.close(ended=False)
+        self._open(state)
+        self.terminal.set_back(state.step)
+        self.rates.warm = False
+        self.rates.clear()
+        self.spike(state.step, words, {**facts, "rewinds": state.rewinds})
 
     def _introduction(self, state: State) -> Iterator[str]:
         config, facts, device = self.config, self.facts, self.grid.device
@@ -359,6 +386,7 @@ class Reporter(Silent):
             "validation_loss": last,
             f"best_{self.criterion.replace(' ', '_')}": state.best_loss,
             "best_step": state.best_step,
+            **({"rewinds": state.rewinds, "skipped_samples": state.skipped} if state.rewinds else {}),
             f"{self.unit}_per_second": speed,
             "session_seconds": time.perf_counter() - self.session,
             **self.saves,

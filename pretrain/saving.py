@@ -217,10 +217,12 @@ def write_manifest(folder: Path, state: State, about: dict[str, Any], gathered: 
 
 def _put_in_place(working: Path, final: Path) -> None:
     _sync_folder(working)
-    if final.exists():  # a run that was sent back and came here again
-        shutil.rmtree(final)
+    old = final.with_name(f".{final.name}.old.partial")
+    if final.exists():  # a run that was sent back to it, or came here again
+        os.rename(final, old)
     os.rename(working, final)
     _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

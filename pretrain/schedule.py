@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from pretrain.config.duration import Span
 from pretrain.config.run import Config
+from pretrain.spikes import Ranges, past
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ class Plan:
         segment = next(s for s in reversed(self.segments) if s.tokens < tokens or s.step == 0)
         return segment.step + segment.steps_to(tokens, "tokens")
 
-    def steps_from(self, step: int, end: int | None = None) -> Iterator[tuple[int, int]]:
-        """(first sample number, sequences) of each step from here to `end`, the run's unless given."""
+    def steps_from(self, step: int, end: int | None = None, skipped: Ranges = ()) -> Iterator[tuple[int, int]]:
+        """(first sample number, sequences) of each step from here to `end`, the run's unless given; skipped: ranges of sample
+        numbers that are passed over, each of which begins where a step would."""
         for number in range(step, self.total_steps if end is None else end):
-            yield self.samples_before(number), self.size(number)
+            yield past(self.samples_before(number), skipped), self.size(number)
 
     def due(self, every: Span | None, before: int, after: int) -> bool:
         """Whether an interval ended between having done `before` and `after` steps."""

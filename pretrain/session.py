@@ -15,6 +15,7 @@ from pretrain.data.sources import Sources
 from pretrain.errors import Exit
 from pretrain.heartbeat import Heartbeat
 from pretrain.interrupt import Interrupt
+from pretrain.logs import RankLog
 from pretrain.report import Facts, Reporter, Silent
 from pretrain.sizes import parameters_of
 from pretrain.train import Run, train
@@ -29,11 +30,14 @@ def main(config: Config, sources: Sources, profile: int | None = None) -> int:
     rank, world = rank_and_world()
     layers = stage_layers(config, sources.sizes.vocab_size)
     check_trainable(config, sources.sizes, Layout.of(config.parallel, world), layers)
-    with Heartbeat(rank, world, config.parallel.timeout) as heartbeat:
-        return _main(config, sources, profile, heartbeat)
+    with (
+        RankLog(Path(config.run.dir), rank, world) as log,
+        Heartbeat(rank, world, config.parallel.timeout) as heartbeat,
+    ):
+        return _main(config, sources, profile, heartbeat, log)
 
 
-def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat) -> int:
+def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Heartbeat, log: RankLog) -> int:
     rank, world = rank_and_world()
     layout = Layout.of(config.parallel, world)
     interrupt = Interrupt.watch(None if rank else Path(config.run.dir) / STOP)
@@ -42,10 +46,11 @@ def _main(config: Config, sources: Sources, profile: int | None, heartbeat: Hear
     agreement.check(config, sources, grid, {"--profile": str(profile)})
     config = choose_precision(config, grid)
     unfit = preflight.check(config, sources, grid)
+    log.start()
     run = Run(config, grid, sources, interrupt)
     run.heartbeat = heartbeat
     run.profile.first = profile
-    reporter = Reporter(config, grid, facts_of(run)) if grid.rank == 0 else Silent()
+    reporter = _reporter(run, log)
     report = run.keeper.report_may_fail("the run's report")
     with report, reporter as run.reporter:
         run.resume()
@@ -69,6 +74,15 @@ def exit_code(reason: str, share_reached: bool) -> Exit:
     if reason == "stopped" and not share_reached:
         return Exit.STOPPED
     return Exit.DIVERGED if reason == "diverged" else Exit.FINISHED
+
+
+def _reporter(run: Run, log: RankLog) -> Silent:
+    """Rank 0 tells, on the terminal and in its log."""
+    if run.grid.rank:
+        return Silent()
+    reporter = Reporter(run.config, run.grid, facts_of(run))
+    reporter.terminal.record = log.line
+    return reporter
 
 
 def facts_of(run: Run) -> Facts:

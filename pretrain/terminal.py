@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich import progress
@@ -16,6 +17,9 @@ class Terminal:
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
+        self.record: Callable[[str], None] = lambda _: (
+            None
+        )  # has every line, also those that a screen shows for a moment
         self.live: progress.Progress | None = None
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -36,6 +40,12 @@ class Terminal:
             "", total=self.total, completed=done, numbers="the first step is slow", eta="-:--:--"
         )
         self.live.start()
+
+    def set_back(self, done: int) -> None:
+        """The run stands after `done` steps again."""
+        self.done = done
+        if self.live is not None:
+            self.live.update(self.task, completed=done)
 
     def step(self) -> None:
         self.done += 1
@@ -60,9 +70,12 @@ class Terminal:
             self.say(f"step {fields['step']:,}/{self.total:,}: " + ", ".join([*numbers, f"ETA {eta}"]))
         else:
             self.live.update(self.task, numbers="  ".join(numbers), eta=eta)
+            self.record(f"step {fields['step']:,}/{self.total:,}: " + ", ".join([*numbers, f"ETA {eta}"]))
 
     def say(self, *lines: str) -> None:
         """Lines that stay, above the live one. A full disk behind them, as a job's output has it, ends no run."""
+        for line in lines:
+            self.record(line)
         try:
             for line in lines:
                 self.console.print(line)

@@ -37,10 +37,12 @@ from pretrain.keeping import Keeper
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.labelled import Labelled
+from pretrain.policy import Policy
 from pretrain.profile import Profiler
 from pretrain.report import Silent
 from pretrain.schedule import Plan
 from pretrain.showing import Showing
+from pretrain.stragglers import Stragglers
 from pretrain.trainable import frozen_weights
 from pretrain.validation import Validation
 
@@ -64,10 +66,13 @@ def train(run: Run) -> str:
         run.validate()
     for data in run.data():
         loss = run.forward_backward(data)
+        run.judge(data, loss)
         update = run.update()
         run.advance(data, update)
         run.log(data, loss, update)
         run.end_step()
+        if run.went_back():
+            continue
         if run.due(run.config.monitor.validate_every) or run.at_end:
             run.validate()
         run.show()
@@ -102,6 +107,9 @@ class Run:
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
+        self.stragglers = Stragglers(grid, config.monitor.straggler_factor)
+        self.policy, self.is_back = Policy(config), False
+        self.spike: str | None = None  # of this step, in words
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
 
     def _validation(self) -> Validation | Judge | None:
@@ -118,23 +126,25 @@ class Run:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def data(self) -> Iterator[StepData]:
-        """The steps from here to the schedule's end."""
-        for phase in range(self.plan.phase(self.state.step), len(self.plan.phases)):
-            yield from self._data_of(phase)
+        """The steps from here to the schedule's end, wherever the run goes back to."""
+        while not self.at_end:
+            self.is_back = False
+            yield from self._data_ahead()
 
-    def _data_of(self, phase: int) -> Iterator[StepData]:
-        """The steps from here to the phase's end; one prefetch thread reads ahead."""
+    def _data_ahead(self) -> Iterator[StepData]:
+        """The steps from here to the phase's end, or until the run goes back; one prefetch thread reads ahead."""
+        phase = self.plan.phase(self.state.step)
         end = self.plan.end_of(phase)
         source = prefetch(
             self.sources.phases[phase],
-            self.plan.steps_from(self.state.step, end),
+            self.plan.steps_from(self.state.step, end, self.state.skipped),
             self.grid.data_rank,
             self.grid.data_size,
             self.config.data.prefetch,
             self.objective.also,
         )
         try:
-            while self.state.step < end:
+            while self.state.step < end and not self.is_back:
                 self.heartbeat.mark(self.state.step + 1, "data")
                 self.profile.begin_step(self.state.step + 1)
                 with self.profile.phase("data"):
@@ -174,7 +184,18 @@ class Run:
         # The engine averages over the replicas, so each gives their number times its part of the mean.
         scales = [self.grid.replica_size / max(count, 1.0) for count in data.targets]
         scale = scales[0] if len(scales) == 1 else torch.tensor(scales, device=self.grid.device)
-        return self.built.schedule.run(data.batches, scale=scale)
+        logged = self.plan.due(self.config.monitor.log_every, self.state.step, self.state.step + 1)
+        with self.stragglers.measuring(logged):
+            return self.built.schedule.run(data.batches, scale=scale)
+
+    def judge(self, data: StepData, loss: torch.Tensor) -> None:
+        """Whether the step is a spike, which then changes nothing. Collective where a policy asks."""
+        if self.policy.is_off:
+            return
+        total = sum(self.mean_losses(data, loss).values())
+        self.state, self.spike = self.policy.judge(self.state, self.grid.from_first(total))
+        if self.spike is not None:
+            self.engine.leave_out()
 
     def update(self) -> Step:
         self.heartbeat.mark(self.state.step + 1, "optimizer step")
@@ -203,6 +224,7 @@ class Run:
         )
         self.counted = self.state
         steps, updates = self.state.step - before.step, self.state.updates - before.updates
+        steps -= self.policy.left_out()
         if updates < steps:
             skipped = (
                 "the step is skipped" if steps == 1 else f"{steps - updates} of the last {steps} steps are skipped"
@@ -213,6 +235,36 @@ class Run:
             )
             self.reporter.warn(told)
             self.reporter.event("skip", self.state.step, told)
+
+    def went_back(self) -> bool:
+        """Sent back to a checkpoint, where the policy asks for it and there is one; a step that was left out is told of."""
+        spike, self.spike = self.spike, None
+        bad = self.state.bad_steps >= self.config.run.max_bad_steps
+        if self.policy.rewinds(self.state) and (bad or spike is not None):
+            self.heartbeat.mark(self.state.step, "going back")
+            self.keeper.finish(self.reporter)
+            found = self.policy.checkpoint(self.state, self.folder, self.reporter.warn, self.grid)
+            if found is not None:
+                self.go_back(found, spike or f"{self.state.bad_steps} steps in a row had no finite gradient")
+                return True
+        if spike is not None:
+            facts = {"event": "skip", "spike": spike}
+            self.reporter.spike(self.state.step, f"{spike}; the step is skipped", facts)
+        return False
+
+    def go_back(self, found: checkpoint.Checkpoint, why: str) -> None:
+        """To a checkpoint, which is written again with the range that is passed over, so that a resume knows it too."""
+        at = self.state
+        checkpoint.load_engine(found, self.engine, self.grid)
+        self.state = self.before = self.counted = self.policy.sent_back(found.state, at)
+        self.bad_steps.fill_(0)
+        self.policy.left_out()
+        self.is_back = True
+        first, end = self.state.skipped[-1]
+        words = f"{why}; back from step {at.step:,}, and past the samples {first:,} to {end - 1:,}"
+        facts = {"event": "rewind", "spike": why, "from_step": at.step, "skipped_samples": [first, end]}
+        self.reporter.back(self.state, words, facts)
+        self.save()
 
     # -- what happens between steps ----------------------------------------------------------------------------------
 
@@ -234,6 +286,9 @@ class Run:
             return
         self.heartbeat.mark(self.state.step, "report")
         losses, digest = self.global_facts(data, loss)
+        pace, straggling = self.stragglers.compare(data.waited)
+        if straggling:
+            self.reporter.warn(f"step {self.state.step:,}: {straggling}")
         self.reporter.log(
             step=self.state.step,
             **({} if self.sources.task else {"tokens": self.plan.tokens_before(self.state.step)}),
@@ -245,6 +300,7 @@ class Run:
             learning_rate=self.plan.learning_rate(self.before.step),
             batch_size=data.size,
             batch_hash=digest,
+            **pace,
         )
 
     def end_step(self) -> None:
@@ -257,13 +313,18 @@ class Run:
 
     def global_facts(self, data: StepData, loss: torch.Tensor) -> tuple[dict[str, float], str]:
         """The step's mean of each term of the loss over all ranks, and the hash of its samples. Collective."""
+        grid, means = self.grid, self.mean_losses(data, loss)
+        own = self.sources.train.unpadded(data.tokens)
+        digest = torch.tensor(batch_hash(data.numbers, own) if grid.reads_data else 0, device=grid.device)
+        return means, f"{grid.total(digest).item() % 2**64:016x}"
+
+    def mean_losses(self, data: StepData, loss: torch.Tensor) -> dict[str, float]:
+        """The step's mean of each term of the loss over all ranks. Collective."""
         grid, terms = self.grid, self.objective.terms
         nothing = torch.zeros(len(terms), dtype=torch.float64, device=grid.device)
         total = grid.total(nothing + loss.double() if grid.reads_loss else nothing).tolist()
         means = [one / max(count, 1.0) for one, count in zip(total, data.targets, strict=True)]
-        own = self.sources.train.unpadded(data.tokens)
-        digest = torch.tensor(batch_hash(data.numbers, own) if grid.reads_data else 0, device=grid.device)
-        return dict(zip(terms, means, strict=True)), f"{grid.total(digest).item() % 2**64:016x}"
+        return dict(zip(terms, means, strict=True))
 
     def validate(self) -> None:
         if self.validation is None:

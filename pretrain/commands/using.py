@@ -59,6 +59,20 @@ def _tensorboard(args: argparse.Namespace) -> int:
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
+def _logs(args: argparse.Namespace) -> int:
+    from pretrain import logs
+
+    return logs.main(args)
+
+
+def _logs_options(add: Add) -> None:
+    logs = add("logs", _logs, "What all ranks of a run told, by time.", "logs runs/demo --follow --lines 20")
+    logs.add_argument("folder", metavar="RUN", help="a run's folder")
+    logs.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    logs.add_argument("--lines", type=int, metavar="N", help="begin with the last N lines (default: all)")
+    logs.add_argument("--rank", type=int, nargs="+", default=[], metavar="R", help="only these ranks")
+
+
 def add_commands(add: Add) -> None:
     for command in (_evaluate_options(add), _predict_options(add)):
         command.add_argument(
@@ -70,6 +84,7 @@ def add_commands(add: Add) -> None:
             metavar="ALPHA",
             help="of pairs: 0 ranks by probability, more favours longer targets (default: 0.6)",
         )
+    _logs_options(add)
     _average_options(add)
     _harness_options(add)
     _generate_options(add)

@@ -17,6 +17,9 @@ class MonitorConfig(Section):
     log_every: Interval = meaning(
         Span(10, "steps"), "between lines of metrics.jsonl and TensorBoard, in steps or tokens"
     )
+    straggler_factor: float = meaning(
+        1.5, "a rank whose own part of a logged step takes so many times the median of its stage is warned of", gt=1
+    )
     validate_every: Interval | None = meaning(None, "between validations; null: only at the end")
     validation_samples: int | None = meaning(None, "sequences of held-out data a validation; null: all of them", ge=1)
     patience: int | None = meaning(None, "stop after so many validations without a better loss; null: never", ge=1)

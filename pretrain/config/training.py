@@ -142,6 +142,13 @@ class RunConfig(Section):
     stop_at: str | None = meaning(
         None, 'end this session, saved, at a share of the schedule, "0.3 of total"; the next goes on; null: never'
     )
+    on_spike: Literal["ignore", "skip", "rewind"] = meaning(
+        "ignore",
+        "what a loss far above the recent ones does: ignore, skip (the step changes nothing) or rewind (back to the newest good "
+        "checkpoint, and past the samples since; also where max_bad_steps is reached); the last two read the loss every step",
+    )
+    spike_factor: float = meaning(8.0, "how far is far: times the mean distance of recent losses from their mean", gt=1)
+    max_rewinds: int = meaning(3, "times that a run goes back; after them a spike is skipped", ge=0)
     max_bad_steps: int = meaning(
         5, "stop after so many steps in a row without a finite gradient, as seen when a step is logged", ge=1
     )

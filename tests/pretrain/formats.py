@@ -46,6 +46,15 @@ def write_format_1(folder: Path, tensors: Tensors) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def write_format_2(folder: Path, tensors: Tensors) -> None:
+    """With what spikes are judged by and the ranges that were passed over in the state."""
+    write_format_1(folder, tensors)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["format"] = 2
+    manifest["state"] |= {"losses": 9, "loss_mean": 3.25, "loss_distance": 0.5, "skipped": [[8, 16]], "rewinds": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def write_manifest_1(folder: Path) -> None:
     """Put the manifest of version 1 in place of a newer one: the tokenizer was always tokenizer.model."""
     value = json.loads((folder / "manifest.json").read_bytes())
@@ -88,4 +97,4 @@ MANIFEST_WRITERS: dict[int, Callable[[Path], None]] = {
     2: write_manifest_2,
     3: write_manifest_3,
 }
-WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1}
+WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1, 2: write_format_2}

@@ -30,6 +30,7 @@ from tests.training import write_config
 MEASURED = (
     *("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "mfu", "hfu"),
     *("checkpoint_stall_seconds", "checkpoint_write_seconds"),
+    *("slowest_rank", "slowest_rank_seconds", "median_rank_seconds"),
 )
 # A smaller model still, with a batch-size ramp (4, 4, 4, 6, 6, 6, 8, ...), and validations that are quick.
 SHORT = (
@@ -128,6 +129,12 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def manifest_of(run: Path, step: int) -> Any:
     return json.loads((checkpoint_folder(run, step) / "manifest.json").read_text())
+
+
+def content_of(run: Path) -> dict[Path, bytes]:
+    """All files but the logs, which say that it was started again."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.parent.name != "logs")
+    return {path: path.read_bytes() for path in files}
 
 
 def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:

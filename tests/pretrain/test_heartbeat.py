@@ -352,6 +352,15 @@ FIRST = {
         [beat(7, 19, lost=True), beat(7, 20), beat(7, 19), beat(1, 20)],
         "rank 2 (host19) was behind",
     ),
+    "of two behind the one that waits in no collective": (
+        [
+            beat(7, 20),
+            beat(7, 19)._replace(inside="all_reduce in f", collective="all_reduce in f, step 2"),
+            beat(7, 19)._replace(inside="in g", collective="all_reduce in f, step 2"),
+            beat(1, 20),
+        ],
+        "rank 2 (host19) was behind, its last beat: step 2, data",
+    ),
     "one that is done is not silent": ([beat(7, 20), BEFORE[1]._replace(phase="done"), beat(7, 20), None], ""),
 }
 

@@ -178,7 +178,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     "files that are a list": _put("files", to=["a.safetensors"]),
     "a file without a hash": lambda m: m["files"].update({name: {"bytes": 1} for name in m["files"]}),
     "a file with a wrong size": lambda m: m["files"].update({name: {"bytes": -1, "sha256": ""} for name in m["files"]}),
-    "another format": _put("format", to=2),
+    "another format": _put("format", to=3),
     "no state": lambda m: m.pop("state"),
     "a state that is a list": _put("state", to=[1]),
     "an unknown part of the state": _put("state", "more", to=1),
@@ -355,10 +355,10 @@ def test_a_run_does_not_go_on_from_such_a_file(run: Path, tmp_path: Path, what: 
     """The whole way of `train`, in a process of its own: refused before anything is changed."""
     _, tensors = files_of(run)
     replace_tensors(run, CONTENTS[what](tensors.read_bytes(), tmp_path / "executed"))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = running.content_of(run)
     assert_refused(running.command("train", run), str(running.checkpoint_folder(run, STEP)))
     assert not (tmp_path / "executed").exists()
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert running.content_of(run) == before
 
 
 def test_a_checkpoint_of_a_larger_model_is_not_taken_for_a_part_of_it(run: Path) -> None:

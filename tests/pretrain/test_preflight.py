@@ -104,7 +104,7 @@ def test_hosts_that_are_fit_are_told_in_a_few_lines(tmp_path: Path, tiny_data: P
 def test_the_host_with_a_fault_is_named_and_to_be_left_out(
     tmp_path: Path, tiny_data: Path, plant: Callable[[], None]
 ) -> None:
-    """As JSON on standard output, in words on standard error, on rank 0 alone; every rank ends with 4."""
+    """As JSON on standard output, in words on standard error, on rank 0 alone; every rank ends with 5."""
     fault = partial(be_hosts, plant, 2)
     options = ("--floor", "10") if plant is network_is_slow else FOUR
     first, *others = preflight(tmp_path, tiny_data, *options, "--json", fault=fault)
@@ -115,7 +115,7 @@ def test_the_host_with_a_fault_is_named_and_to_be_left_out(
     assert told["ready"] is False and told["exclude"] == ["node-2"] and len(told["ranks"]) == 4
     assert first.err.startswith("error: node-2 is not fit for this run:\n  node-2 (rank 2): ") and words in first.err
     assert first.err.endswith("start without: --exclude node-2\n")
-    assert [ran.code for ran in (first, *others)] == [4] * 4 and not any(ran.told for ran in others)
+    assert [ran.code for ran in (first, *others)] == [5] * 4 and not any(ran.told for ran in others)
 
 
 def test_ranks_that_were_given_something_else_are_a_mistake(tmp_path: Path, tiny_data: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_host_that_computes_wrong_does_not_start_a_run(tmp_path: Path, tiny_da
     first, second = run_ranks(
         2, running.run_main, ["train", str(config), *running.SHORT, "batch.micro_size=1"], fault, timeout=60
     )
-    assert first.code == second.code == 4 and "error: node-1 is not fit for this run" in first.err, first.told
+    assert first.code == second.code == 5 and "error: node-1 is not fit for this run" in first.err, first.told
     assert second.told == "" and not (tmp_path / "run").exists()
 
 
@@ -160,7 +160,7 @@ def test_a_floor_that_no_group_reaches_names_no_host_alone(tmp_path: Path, tiny_
     config = write_config(tmp_path, tiny_data)
     arguments = ["train", str(config), *running.SHORT, "batch.micro_size=1", "parallel.bandwidth_floor=1e9"]
     first, _ = run_ranks(2, running.run_main, arguments, be_hosts, timeout=60)
-    assert first.code == 4 and "node-0, node-1 are not fit" in first.err and "--exclude" not in first.err, first.told
+    assert first.code == 5 and "node-0, node-1 are not fit" in first.err and "--exclude" not in first.err, first.told
 
 
 # -- findings --------------------------------------------------------------------------------------------------------
@@ -242,4 +242,4 @@ def test_gpus_with_errors_are_those_that_the_driver_counts(tmp_path: Path, monke
 
 
 def test_the_exit_code_of_an_unfit_host_is_its_own() -> None:
-    assert Unfit.exit_code == 4
+    assert Unfit.exit_code == 5

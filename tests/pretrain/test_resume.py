@@ -140,10 +140,10 @@ def test_an_unfinished_line_of_metrics_is_cut_off(tmp_path: Path, tiny_data: Pat
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path: Path, tiny_data: Path) -> None:
     assert train(tmp_path, tiny_data, BOARD).code == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = running.content_of(tmp_path / "run")
     again = running.command("train", tmp_path / "run")
     assert again.code == 0 and "finished: 12 steps" in again.out and "schedule.total" in again.out, again.told
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert running.content_of(tmp_path / "run") == before
 
 
 def test_a_finished_run_goes_on_where_its_schedule_is_made_longer(tmp_path: Path, tiny_data: Path) -> None:

@@ -35,7 +35,7 @@ def run(tiny_data: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return running.content_of(folder)
 
 
 # -- before the first step -------------------------------------------------------------------------------------------

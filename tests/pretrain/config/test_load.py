@@ -128,7 +128,8 @@ def test_a_dumped_config_is_loaded_the_same(values: dict[str, Any]) -> None:
          "data.phases.0.seq_len: unknown key; did you mean data.phases.0.seq_length?"),
         ("model: {rope_scaling: {facto: 2}, positions: rope}",
          "model.rope_scaling.facto: unknown key; did you mean model.rope_scaling.factor?"),
-        ("run: {xyzzy: 1}", "run.xyzzy: unknown key; there are: dir, seed, stop_at, max_bad_steps"),
+        ("run: {xyzzy: 1}",
+             "run.xyzzy: unknown key; there are: dir, seed, stop_at, on_spike, spike_factor, max_rewinds, max_bad_steps"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_names_the_nearest_or_the_section_that_has_it(text: str, line: str) -> None:

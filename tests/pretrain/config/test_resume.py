@@ -33,7 +33,16 @@ ENCODER = Config.model_validate(
 # DESIGN, promise 2: "On resume only `parallel`, `batch.micro_size`, `monitor`, `checkpoint` and a longer `schedule.total`
 # may differ"; and what does not decide the numbers: whose kernels compute them (promise 1), where the run and the shards
 # lie, how far is read ahead.
-MAY_DIFFER: tuple[str, ...] = ("parallel.", "monitor.", "checkpoint.", "batch.micro_size", "run.dir", "run.stop_at")
+SPIKES = ("run.on_spike", "run.spike_factor", "run.max_rewinds")  # what is done about the loss, from here on
+MAY_DIFFER: tuple[str, ...] = (
+    "parallel.",
+    "monitor.",
+    "checkpoint.",
+    "batch.micro_size",
+    "run.dir",
+    "run.stop_at",
+    *SPIKES,
+)
 MAY_DIFFER += ("data.train", "data.validation")
 MAY_DIFFER += ("kernels.", "data.prefetch", "schedule.total")
 ONE_VALUE = ("version", "model.kind", "objective.kind", "optimizer.kind")
@@ -52,6 +61,7 @@ CANDIDATES = (
     [3, 3],
     [0.5, 0.5],
     {"kind": "ntk"},
+    "rewind",
     {"rank": 2},
     "120 steps",
     "7 steps",
