@@ -107,13 +107,14 @@ class _Meeting(NamedTuple):
         """What all ranks told; `late`: the message for those that some have told, of so many."""
         keys = [f"{what}-{number}" for number in range(self.world)]
         self.store.set(keys[self.rank], json.dumps(ours))
-        while not self.store.check(keys):
-            if time.monotonic() > deadline:
-                there = {number: key for number, key in enumerate(keys) if self.store.check([key])}
-                raise NotMet(
-                    late({number: json.loads(self.store.get(key)) for number, key in there.items()}, self.world)
-                )
-            time.sleep(POLL)
+        if self.store.add(f"{what}-count", 1) == self.world:
+            self.store.set(f"{what}-by-all", "")
+        try:  # on one key: thousands of ranks that ask for thousands would keep the store from answering
+            self.store.wait([f"{what}-by-all"], timedelta(seconds=max(deadline - time.monotonic(), POLL)))
+        except dist.DistStoreError as error:
+            there = {number: key for number, key in enumerate(keys) if self.store.check([key])}
+            told = {number: json.loads(self.store.get(key)) for number, key in there.items()}
+            raise NotMet(late(told, self.world)) from error
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
