@@ -29,6 +29,7 @@ WORDS = {
     Exit.MISTAKE: "a mistake",
     Exit.PARTED: "a rank died or did not answer",
     Exit.DIVERGED: "diverged",
+    Exit.UNFIT: "a host was not fit",
     Exit.STOPPED: "asked to stop",
     Exit.INTERRUPTED: "interrupted",
 }

@@ -24,9 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.config.folder import LOGS
 from pretrain.errors import UserError
 
-LOGS = "logs"
 POLL = 0.5  # seconds between looks for new lines
 NAME = re.compile(r"rank-(\d+)\.log")
 STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ")

@@ -56,39 +56,46 @@ def end(how: str) -> None:
             raise ZeroDivisionError
         if how == "leaking":
             (SHARED / f"left-{os.environ[MARK]}").write_bytes(b"x")
-            os._exit(1)
+            os._exit(9)
 
     if os.environ["RANK"] == "1":
         running._on_call(DeepSpeedEngine, "step", 2, act)
 
 
-def run(folder: Path, shards: Path, how: str) -> None:
-    config = write_config(folder, shards)
-    arguments = ["train", str(config), *running.SHORT, "batch.micro_size=1", "parallel.zero=2", "data.validation=null"]
-    with contextlib.suppress(RankError):
-        run_ranks(
-            2,
-            running.run_main,
-            [*arguments, "schedule.total=3 steps", f"parallel.timeout={6 if how == 'failed' else 60}"],
-            partial(end, how),
-        )
+def run(folder: Path, shards: Path, how: str) -> str:
+    """How it ended: each rank's exit code, or what became of the first that failed."""
+    arguments = ["train", str(write_config(folder, shards)), *running.SHORT, "batch.micro_size=1", "parallel.zero=2"]
+    arguments += ["schedule.total=6 steps", "monitor.validate_every=null", "monitor.validation_samples=8"]
+    arguments += [f"parallel.timeout={6 if how == 'failed' else 60}"]
+    try:
+        return str([int(ran.code) for ran in run_ranks(2, running.run_main, arguments, partial(end, how))])
+    except RankError as error:
+        return str(error)
 
 
-@pytest.mark.parametrize("how", ["finished", "stopped", "failed", "killed"])
-def test_nothing_is_left(tmp_path: Path, tiny_data: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the environment of all that a test starts; not of the process that forks ranks, which stays."""
+    run_ranks(1, os.getpid)
+    word = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, word)
+    return word
+
+
+ENDS = {"finished": "[0, 0]", "stopped": "[75, 75]", "failed": "exit code 3", "killed": "killed by signal 9"}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_nothing_is_left(tmp_path: Path, tiny_data: Path, how: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = orphans()
-    run(tmp_path, tiny_data, how)
+    assert ENDS[how] in run(tmp_path, tiny_data, how)
     monkeypatch.delenv(MARK)
     left = {path for path in orphans() - before if "/left-" not in path}  # which the test below makes
     assert left == set() and not [*marked(mark)]
 
 
-def test_what_is_left_would_be_found(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
-    run(tmp_path, tiny_data, "leaking")
+def test_what_is_left_would_be_found(tmp_path: Path, tiny_data: Path, mark: str) -> None:
+    assert "exit code 9" in run(tmp_path, tiny_data, "leaking")
     try:
         assert f"/dev/shm/left-{mark}" in orphans()
     finally:
