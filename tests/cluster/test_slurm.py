@@ -94,7 +94,7 @@ class Submitted:
         steps = [json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")]
         return steps[-1] if steps else 0
 
-    def wait_for(self, true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait_for(self, true: Callable[[], object], what: str, seconds: float = 240) -> None:
         try:
             self.slurm.wait_for(true, what, seconds)
         except AssertionError as error:
@@ -145,7 +145,7 @@ def test_at_the_time_limit_it_saves_and_goes_on(
     slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
 ) -> None:
     """Slurm asks at any time up to a minute before it was told to; the second attempt gets a longer limit."""
-    job = Submitted(slurm, tmp_path, tiny_data, "--time", "1", "--stop-before", "25", "checkpoint.every=100000 steps")
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "2", "--stop-before", "85", "checkpoint.every=100000 steps")
     job.wait_for_end(1)
     slurm.ask("scontrol", "update", f"JobId={job.job}", "TimeLimit=20")
     [first] = events(job.run, "end")
