@@ -1,9 +1,9 @@
 """The processes of a run on this machine, watched until all have ended.
 
 Rank 0 writes to this terminal, the others to logs/rank-N.log. Ctrl-C, SIGTERM and a closed terminal are passed on
-once, so that the ranks save and end together; a second time kills. When a rank fails the others can only wait for it:
-they get a few seconds to say what they saw, then they are killed, as is at once a rank that was stopped (SIGSTOP) and
-that the others gave up. No rank outlives this process, however it ends.
+once, so that the ranks save and end together; a Ctrl-C after that kills (another SIGTERM does not: Slurm sends two). When
+a rank fails the others can only wait for it: they get a few seconds to say what they saw, then they are killed, as is at
+once a rank that was stopped (SIGSTOP) and that the others gave up. No rank outlives this process, however it ends.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Ranks:
         first: Rank | None = None
         deadline = float("inf")
         while any(rank.process.poll() is None for rank in self.ranks) and time.monotonic() < deadline:
-            if len(self.asked) > 1:
+            if signal.SIGINT in self.asked[1:]:
                 say("killed")
                 return 128 + self.asked[-1]
             self._pass_on()
@@ -181,7 +181,7 @@ class Ranks:
         if not self.asked or self.passed_on:
             return
         self.passed_on = True
-        say("asked all ranks to save and end (once more kills them)")
+        say("asked all ranks to save and end (Ctrl-C once more kills them)")
         wish = signal.SIGINT if self.asked[0] == signal.SIGINT else signal.SIGTERM
         for rank in self.ranks:
             if rank.process.poll() is None:

@@ -164,7 +164,7 @@ train() { # run the step; its exit code in $code, whether Slurm asked to leave i
     done
     trap '' USR1
     if [[ $asker ]]; then
-        kill "$asker"
+        kill "$asker" 2>/dev/null || true # Slurm may have ended it with all the rest
         wait "$asker" 2>/dev/null || true
     fi
     rm -f -- "$run/stop"

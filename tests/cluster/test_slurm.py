@@ -26,6 +26,7 @@ TRAINING = (
     *("model.num_layers=2", "batch.micro_size=2", "schedule.kind=constant", "schedule.warmup=2 steps"),
     *("parallel.zero=1", "parallel.timeout=30", "checkpoint.every=5 steps"),
 )
+PREFIX = str(Path(sys.prefix).resolve())  # of this interpreter's packages
 NODE = ("--env", "GLOO_SOCKET_IFNAME=lo")  # the nodes are one machine
 SHARE = ("--cpus", "1")  # of a node, else all of it
 
@@ -94,7 +95,7 @@ class Submitted:
         steps = [json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")]
         return steps[-1] if steps else 0
 
-    def wait_for(self, true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait_for(self, true: Callable[[], object], what: str, seconds: float = 240) -> None:
         try:
             self.slurm.wait_for(true, what, seconds)
         except AssertionError as error:
@@ -145,7 +146,7 @@ def test_at_the_time_limit_it_saves_and_goes_on(
     slurm: Cluster, tmp_path: Path, tiny_data: Path, reference: Reference
 ) -> None:
     """Slurm asks at any time up to a minute before it was told to; the second attempt gets a longer limit."""
-    job = Submitted(slurm, tmp_path, tiny_data, "--time", "1", "--stop-before", "25", "checkpoint.every=100000 steps")
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "2", "--stop-before", "85", "checkpoint.every=100000 steps")
     job.wait_for_end(1)
     slurm.ask("scontrol", "update", f"JobId={job.job}", "TimeLimit=20")
     [first] = events(job.run, "end")
@@ -210,7 +211,7 @@ def test_a_crash_that_comes_again_is_not_tried_for_ever(slurm: Cluster, tmp_path
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> None:
-    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10")
+    job = Submitted(slurm, tmp_path, tiny_data, "--time", "10", "checkpoint.every=100000 steps")
     job.wait_for_step(3)
     slurm.ask("scancel", job.job)
     job.wait(state="CANCELLED")
@@ -264,7 +265,7 @@ def image(tmp_path: Path) -> Iterator[Path]:
     for name in ("tmp", "mark"):
         (folder / name).mkdir()
     (folder / "mark" / "sitecustomize.py").write_text("import sys; print('inside the image', file=sys.stderr)\n")
-    mounted = [folder / path.lstrip("/") for path in dict.fromkeys(["/usr", "/etc", sys.base_prefix, sys.prefix])]
+    mounted = [folder / path.lstrip("/") for path in dict.fromkeys(["/usr", "/etc", sys.base_prefix, PREFIX])]
     try:
         for place in mounted:
             place.mkdir(parents=True, exist_ok=True)
@@ -277,7 +278,7 @@ def image(tmp_path: Path) -> Iterator[Path]:
 
 def test_pyxis_is_given_what_the_run_needs(slurm: Cluster, tmp_path: Path, tiny_data: Path, image: Path) -> None:
     """By a stand-in for it: in the image there are the folders of the run, the data and the program, and no others."""
-    inside = ("--env", f"PATH={sys.prefix}/bin:/usr/bin:/bin", "--env", "PYTHONPATH=/mark")
+    inside = ("--env", f"PATH={PREFIX}/bin:/usr/bin:/bin", "--env", "PYTHONPATH=/mark")
     words = ("--nodes", "1", "--time", "10", "--container", "pyxis", "--image", str(image), *inside)
     job = Submitted(slurm, tmp_path / "work", tiny_data, *words, steps=3)
     job.wait()

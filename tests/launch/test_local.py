@@ -151,6 +151,21 @@ def test_a_wish_to_stop_reaches_every_rank_once(folder: Path, number: int, code:
     assert "asked all ranks to save and end" in err and "exit code" not in err
 
 
+def test_another_sigterm_leaves_them_the_time_to_save(folder: Path) -> None:
+    script = WAITS.replace(
+        '    open(f"saved', '    open(f"heard-{rank}", "w").close()\n    time.sleep(1)\n    open(f"saved'
+    )
+    with supervise(folder, script + "time.sleep(60)", 2) as launcher:
+        wait_for_ranks(folder, 2)
+        launcher.send_signal(signal.SIGTERM)
+        while len(list(folder.glob("heard-*"))) < 2:
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 143 and "killed" not in err
+    assert len(list(folder.glob("saved-*"))) == 2
+
+
 def test_a_second_ctrl_c_kills_ranks_that_do_not_end(folder: Path) -> None:
     script = WAITS + "signal.signal(signal.SIGINT, lambda *_: open('heard', 'w').close())\n"
     script += "os.rename(f'up-{rank}', f'up-{rank}-deaf')\nwhile True: time.sleep(1)"

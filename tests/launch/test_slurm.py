@@ -195,6 +195,15 @@ def test_the_steps_exit_code_says_what_is_next(
     assert not (run / "stop").exists(), "the next attempt would be asked too"
 
 
+def test_a_time_limit_that_comes_before_all_is_saved_is_noted(slurm: Slurm, run: Path) -> None:
+    """Slurm signals whatever the script has started, what asks the run to stop too."""
+    ends = 'for child in $(cat /proc/$PPID/task/$PPID/children); do ((child == $$)) || kill "$child"; done'
+    step = f'kill -USR1 $PPID; while [[ ! -e $RUN/stop ]]; do sleep 0.05; done; {ends}; echo TIMEOUT >"$FAKE/state"; exit 143'
+    assert slurm.attempt(run, step) == 143
+    [end] = events(run, "end")
+    assert (end["why"], end["next"]) == ("ended by Slurm", "slurm"), slurm.told
+
+
 def test_a_job_that_fails_without_a_new_checkpoint_twice_is_over(slurm: Slurm, run: Path) -> None:
     assert slurm.attempt(run, "save 00000003; exit 1") == -9
     assert slurm.attempt(run, "exit 1", restart=1) == -9
