@@ -39,6 +39,7 @@ class Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: Path | None  # None: this terminal
+    begun: int = 0  # where in the log this session's words begin
 
     def kill(self) -> None:
         """With what it started: it leads a group of its own."""
@@ -54,7 +55,9 @@ class Rank:
             return False
 
     def last_words(self, count: int) -> list[str]:
-        return self.log.read_text(errors="replace").splitlines()[-count:] if self.log is not None else []
+        if self.log is None:
+            return []
+        return self.log.read_bytes()[self.begun :].decode(errors="replace").splitlines()[-count:]
 
 
 @dataclass
@@ -83,7 +86,8 @@ class Ranks:
         for environment in self.environments:
             number = int(environment["RANK"])
             log = self._log(number) if number else None
-            with open(log or os.devnull, "wb") as file:
+            with open(log or os.devnull, "ab") as file:  # behind what an earlier session told
+                begun = file.tell()
                 process = subprocess.Popen(
                     self.command,
                     env={**os.environ, **environment},
@@ -93,7 +97,7 @@ class Ranks:
                     start_new_session=True,  # a Ctrl-C reaches the ranks through us alone, once
                     preexec_fn=_DieWithParent(os.getpid()),
                 )
-            self.ranks.append(Rank(number, process, log))
+            self.ranks.append(Rank(number, process, log, begun))
 
     def _log(self, number: int) -> Path:
         try:

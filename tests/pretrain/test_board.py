@@ -13,6 +13,7 @@ from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INF
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from pretrain.board import Board
+from pretrain.charts import EVENTS
 from pretrain.config.run import Config
 from pretrain.errors import Exit
 from tests.pretrain import running
@@ -24,7 +25,7 @@ TAGS = {
     *("system/memory_gibibytes", "speed/data_wait_seconds", "optimizer/epochs"),
     *("system/checkpoint_stall_seconds", "system/checkpoint_write_seconds"),
     *("loss/validation", "loss/bits_per_byte"),
-    *("timeline/checkpoint", "timeline/resume", "timeline/skip"),
+    *(f"timeline/{kind}" for kind in EVENTS),
 }
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_was_sent_back_and_killed_goes_on_bitwise(tmp_path: Path, tin
     assert ran.code == 0 and "going on after step 6" in ran.out, ran.told
     assert len(events(tmp_path / "run")) == 1
     running.assert_same_run(tmp_path / "whole" / "run", tmp_path / "run")
-    ours, theirs = (running.scalars_of(folder / "run")["train/loss"] for folder in (tmp_path, tmp_path / "whole"))
+    ours, theirs = (running.scalars_of(folder / "run")["loss/train"] for folder in (tmp_path, tmp_path / "whole"))
     assert ours == theirs
 
 

@@ -49,7 +49,7 @@ def test_the_charts_that_stand_first_show_the_run(ask: Ask) -> None:
     assert len(others) == 7 and all(others), found
     assert [sorted(chart) for chart in others if len(chart) > 1] == [
         ["speed/data_wait_seconds", "speed/step_seconds"],
-        ["timeline/resume", "timeline/skip"],
+        ["timeline/resume", "timeline/rewind", "timeline/skip", "timeline/spike"],
     ]
 
 
