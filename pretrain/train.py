@@ -184,8 +184,7 @@ class Run:
         # The engine averages over the replicas, so each gives their number times its part of the mean.
         scales = [self.grid.replica_size / max(count, 1.0) for count in data.targets]
         scale = scales[0] if len(scales) == 1 else torch.tensor(scales, device=self.grid.device)
-        logged = self.plan.due(self.config.monitor.log_every, self.state.step, self.state.step + 1)
-        with self.stragglers.measuring(logged):
+        with self.stragglers.measuring(self.due_next(self.config.monitor.log_every)):
             return self.built.schedule.run(data.batches, scale=scale)
 
     def judge(self, data: StepData, loss: torch.Tensor) -> None:
