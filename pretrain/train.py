@@ -18,14 +18,13 @@ import torch
 
 from parallel.engine import Step
 from parallel.grid import Grid
-from pretrain import checkpoint, runs
+from pretrain import checkpoint, resuming, runs
 from pretrain.build import Built, build
 from pretrain.checkpoint import State
 from pretrain.config.duration import Span
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
-from pretrain.errors import UserError
 from pretrain.finetuning.examples import ExampleStream
 from pretrain.finetuning.instruction import Instruction
 from pretrain.finetuning.judging import Judge
@@ -391,23 +390,11 @@ class Run:
         """Go on from the newest whole checkpoint, if there is one. A run that is over is left as it is."""
         found = checkpoint.latest(self.folder, self.reporter.warn, self.grid)
         if found is not None:
-            if found.about.get("data") != self.sources.fingerprint:
-                raise UserError(
-                    f"{found.folder}: was trained on other data than {', '.join(self.config.data.train_folders)} "
-                    "(or another validation set); put back the shards it knows, or give another run.dir to start anew"
-                )
-            if self.built.mixout is not None and found.about.get("initial") != self.start.digest:
-                raise UserError(
-                    f"{found.folder}: was mixed with other weights than {self.config.model.initial} has now; put back that "
-                    "model as it was, or give another run.dir to start anew"
-                )
+            mixed_with = None if self.built.mixout is None else self.start.digest
+            resuming.check(found, self.config, self.sources.fingerprint, mixed_with)
+            if warning := resuming.other_kernels(found, self.built.kernels):
+                self.reporter.warn(warning)
             checkpoint.load_engine(found, self.engine, self.grid)
-            before = found.about.get("kernels", self.built.kernels)
-            if before != self.built.kernels:
-                self.reporter.warn(
-                    f"step {found.state.step} was trained with the kernels {before}; from here with {self.built.kernels}: "
-                    "the losses agree within rounding, not bit for bit"
-                )
             self.state = self.before = self.counted = found.state
             self.bad_steps.fill_(found.state.bad_steps)
         if self.ending(stop=False):
