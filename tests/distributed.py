@@ -113,8 +113,14 @@ def start_python(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=_alone,
     )
+
+
+def _alone() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()
 
 
 class Started(subprocess.Popen[str]):

@@ -64,7 +64,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(
     assert how in err and "Traceback" not in err and "Exception raised from" not in err
     waited = r"\w+ in \w+|in _await_all_reduce"
     survivor = rf"rank {1 - victim} \(\S+\): step \d+, [a-z -]+: (lost|waited 3 s for) the others \(({waited})\): "
-    assert re.search(rf"^ *{survivor}rank {victim} \(\S+\) did not answer", err, re.MULTILINE), err
+    assert re.search(rf"^ *(\S+Z )?{survivor}rank {victim} \(\S+\) did not answer", err, re.MULTILINE), err
     wait_until_gone([*ranks.values()])
     assert not any(map(alive, ranks.values()))
 

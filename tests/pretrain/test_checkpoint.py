@@ -275,7 +275,9 @@ def fill_before_events(count: int, disk: str) -> None:
 
 def test_a_disk_that_fills_for_tensorboard_is_told_once(small_disk: Path, tmp_path: Path, tiny_data: Path) -> None:
     """Its thread's own traceback is not shown beside the message, whoever sees the failure first; the training goes on."""
-    options = (f"run.dir={small_disk / 'run'}", "monitor.tensorboard=true")
+    # Norms: more than the last page of the events file, which is the file's own however full the disk is, has room for.
+    norms = ("monitor.norms_every=1 steps", "monitor.norms_by=weight")
+    options = (f"run.dir={small_disk / 'run'}", "monitor.tensorboard=true", *norms)
     for count in (1, 7):
         shutil.rmtree(small_disk / "run", ignore_errors=True)
         (small_disk / "filler").unlink(missing_ok=True)
