@@ -98,12 +98,12 @@ def test_a_profiled_run_trains_the_same_and_its_steps_hold_all_passes_but_the_va
 
 
 PLANTED = {
-    "data": 0.1,
-    "forward": 0.14,
-    "backward": 0.18,
-    "communication": 0.22,
-    "optimizer": 0.26,
-    "Python (rest)": 0.3,
+    "data": 0.04,
+    "forward": 0.06,
+    "backward": 0.08,
+    "communication": 0.1,
+    "optimizer": 0.12,
+    "Python (rest)": 0.14,
 }
 
 
@@ -150,15 +150,11 @@ def test_what_takes_long_is_found_in_its_part(tmp_path: Path, tiny_data: Path) -
 def test_several_processes_tell_of_all_and_each_writes_its_trace(
     tmp_path: Path, tiny_data: Path, axis: str, micro_size: int
 ) -> None:
-    """The pipeline through the launcher. Communication lies between its passes, and within them under tensors."""
+    """Communication lies between a pipeline's passes, and within them under tensors."""
     config = write_config(tmp_path, tiny_data)
     layout = (f"parallel.{axis}=2", f"batch.micro_size={micro_size}")
     options = (*QUICK, "model.num_layers=2", "schedule.total=6 steps", "--profile", "2", *layout)
-    if axis == "pipeline":
-        result = run_python(["launch", "local", config, "--processes", "2", *options], timeout=300)
-        code, out, err = result.returncode, result.stdout, result.stderr
-    else:
-        code, out, err = command("train", config, *options, world=2)
+    code, out, err = command("train", config, *options, world=2)
     assert code == 0, err
     assert "(mean of steps 4 to 5, 2 ranks; the profiler's own cost is in it)" in out
     rows = rows_of(out)
