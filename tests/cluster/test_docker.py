@@ -20,9 +20,7 @@ import pytest
 
 from launch import attempts
 from parallel.ports import free_port
-from tests.cluster import docker
 from tests.cluster.docker import IMAGE, Engine
-from tests.cluster.namespaces import namespace
 from tests.distributed import REPOSITORY, die_with_parent
 from tests.launch.test_docker import HOSTILE
 from tests.pretrain.running import command
@@ -31,21 +29,6 @@ from tests.training import write_config
 USER = 10001  # the image's
 STOPPED = 75
 COMPOSE = REPOSITORY / "docker" / "compose.yml"
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    """One in a network of its own, with the image of the working tree."""
-    folder = Path(os.environ.get("CLUSTER_CACHE") or tempfile.mkdtemp(prefix="docker-"))
-    folder.mkdir(exist_ok=True)
-    try:
-        with docker.running(folder) as builder:
-            docker.build(builder)
-        with namespace("d") as network, docker.running(folder, network) as engine:
-            yield engine
-    finally:
-        if "CLUSTER_CACHE" not in os.environ:
-            shutil.rmtree(folder)
 
 
 @pytest.fixture
