@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.limits import FOR_GPUS, SHM_SIZE
 from launch.opening import add_run_options, open_config
 from pretrain.config.profile import add_profile_option
 from pretrain.errors import UserError
@@ -68,7 +69,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     docker.add_argument(
         "--user", metavar="UID[:GID]", help="of the processes (default: the user of ssh; root: the image's)"
     )
-    docker.add_argument("--shm-size", default="16g", metavar="SIZE", help="of /dev/shm, for NCCL (default: 16g)")
+    docker.add_argument(
+        "--shm-size", default=SHM_SIZE, metavar="SIZE", help=f"of /dev/shm, for NCCL (default: {SHM_SIZE})"
+    )
     docker.add_argument("--master", metavar="ADDRESS", help="of the first host, for the others (default: its name)")
     docker.add_argument("--port", type=int, metavar="N", help="that it listens on (default: by the run's folder)")
     docker.add_argument(
@@ -198,8 +201,8 @@ def environment_of(words: Sequence[str]) -> dict[str, str]:
 def _options(args: argparse.Namespace) -> list[str]:
     options = [f"--device={_word('--device', path)}" for path in args.device]
     options.append(f"--shm-size={_word('--shm-size', args.shm_size)}")
-    if args.gpus:  # RDMA pins memory; NCCL and compilers want stack
-        options += [f"--gpus={args.gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"]
+    if args.gpus:
+        options += [f"--gpus={args.gpus}", *FOR_GPUS]
     return options
 
 

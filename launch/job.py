@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.containers import Container
 from launch.hosts import Subject
+from launch.limits import CONFINED
 
 IMAGE_USER = "10001:10001"  # docker/Dockerfile's
 
@@ -86,8 +87,8 @@ def docker_run(job: Job, rank: int, options: Sequence[str], command: Sequence[st
         "PROCESSES": job.processes,
     }
     words = [
-        *("--rm", "--init", "--pull=never", "--network=host"),
-        *("--cap-drop=ALL", "--security-opt=no-new-privileges"),
+        *CONFINED,
+        "--pull=never",  # what was checked is what runs
         *options,
         *job.options,
         *(mount.option for mount in job.mounts),

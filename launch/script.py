@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from launch.arrays import Member, spelled
+from launch.limits import CONFINED, FOR_GPUS, SHARED, SHM_SIZE
 from pretrain.config.folder import LOGS
 
 BODY = "templates/job.sh"
@@ -169,6 +170,9 @@ def _settings(job: Job) -> Iterator[str]:
     yield from (f"{name}={value}" for name, value in numbers.items())
     yield f"names=({shlex.join(variable.partition('=')[0] for variable in job.environment)})"
     yield f"mounts=({shlex.join(map(str, job.mounts))})"
+    if job.container == "docker":
+        memory = SHARED if job.direct else f"--shm-size={SHM_SIZE}"
+        yield f"docker_options=({shlex.join([*CONFINED, memory, *(FOR_GPUS if job.gpus else ())])})"
     yield f"command=({_wrapped(job.command)})"
     if job.members:
         yield from _members(job.members)

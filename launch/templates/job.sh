@@ -104,13 +104,11 @@ compose() { # the step, from the settings: srun's options and the words of the c
 
 in_docker() { # NAMES of variables
     local words name folder
-    words=(docker run --rm --init --network=host --ipc=host --cap-drop=ALL --security-opt=no-new-privileges
-        --label "pretrain.job=$SLURM_JOB_ID" --user "$(id -u):$(id -g)" --env HOME=/tmp --env "USER=$(id -un)"
-        --workdir "$work")
+    words=(docker run "${docker_options[@]}" --label "pretrain.job=$SLURM_JOB_ID" --workdir "$work")
+    words+=(--user "$(id -u):$(id -g)" --env HOME=/tmp --env "USER=$(id -un)")
     for name in "$@"; do words+=(--env "$name"); done
     for folder in "${mounts[@]}"; do words+=(--mount "type=bind,source=$folder,target=$folder"); done
     if ((gpus)); then
-        words+=(--ulimit memlock=-1)
         if [[ -e /dev/infiniband ]]; then words+=(--device=/dev/infiniband); fi
         # shellcheck disable=SC2016
         words=(bash -c 'exec "${@:1:2}" --gpus "\"device=${SLURM_STEP_GPUS:-$SLURM_JOB_GPUS}\"" "${@:3}"' bash "${words[@]}")

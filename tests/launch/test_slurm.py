@@ -367,9 +367,19 @@ def test_docker_gets_folders_user_and_variables_and_no_more_rights(slurm: Slurm,
     assert given[:5] == ["docker", "run", "--rm", "--init", "--network=host"]
     assert f"type=bind,source={tmp_path},target={tmp_path}" in given
     assert given[given.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
-    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges", "A"} <= set(given)
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges", "--ulimit=memlock=-1", "A"} <= set(given)
     assert any("--gpus" in word and "SLURM_STEP_GPUS" in word for word in words)
     assert "label=pretrain.job=" in " ".join(slurm.words("srun")), "what a killed client left is removed"
+
+
+def test_containers_of_one_rank_each_share_the_nodes_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [CONFIG, *SIZE, *LAYOUT, "--container", "docker", "--image", "engine:1"]
+    for direct, expected in (([], {"--shm-size=16g"}), (["--direct"], {"--ipc=host"})):
+        [line] = [
+            line for line in rendered(capsys, [*options, *direct]).splitlines() if line.startswith("docker_options=")
+        ]
+        given = set(line.removeprefix("docker_options=(").removesuffix(")").split())
+        assert given & {"--shm-size=16g", "--ipc=host"} == expected and "--ulimit=memlock=-1" not in given
 
 
 def test_pyxis_gets_its_options_by_srun(slurm: Slurm, tmp_path: Path) -> None:
