@@ -127,8 +127,8 @@ in_pyxis() { # NAMES of variables: the image's own values would win over those t
         --no-container-mount-home --container-env="$named")
 }
 
-remove_containers() { # that a killed docker client left behind
-    if [[ $container != docker ]]; then return; fi
+remove_containers() { # that a killed docker client left behind; a job that is over gets no step, and its ranks were asked to end
+    if [[ $container != docker ]] || ! still_running; then return; fi
     # shellcheck disable=SC2016
     timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c \
         'docker ps -aq --filter "label=pretrain.job=$0" | xargs -r docker rm -f' "$SLURM_JOB_ID" >/dev/null || true
