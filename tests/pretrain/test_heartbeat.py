@@ -211,7 +211,9 @@ def test_a_rank_whose_interpreter_is_held_is_named_and_leaves_its_stack(
     monkeypatch.chdir(tmp_path)
     arguments = (config_of(tmp_path, tiny_data), ["parallel.zero=1"], 1, "hold the interpreter")
     line = fault_ends(2, train_to_the_fault, *arguments, capsys=capsys)
-    assert f"rank 1 ({HOST}) did not answer, its last beat: step 2" in line
+    assert re.search(rf"rank 1 \({HOST}\) did not answer, its last beat: step [12]", line), (
+        "it is as old as a beat may be"
+    )
     assert re.search(
         r'File ".*test_heartbeat.py", line \d+ in _hold\n(.*\n)* +File ".*train.py"', Path("held").read_text()
     )
