@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,20 @@ def bert(config: Config, vocabulary: int) -> tuple[nn.Module, Callable[..., Tens
 
 
 def marian(config: Config, vocabulary: int) -> tuple[nn.Module, Callable[..., Tensor]]:
+    model = marian_model(config, vocabulary, 0, vocabulary - 1, config.data.seq_length)
+
+    def loss_of(source: Tensor, read: Tensor, labels: Tensor) -> Tensor:
+        return model(input_ids=source, decoder_input_ids=read, labels=labels, use_cache=False).loss  # type: ignore[no-any-return]
+
+    return model, loss_of
+
+
+def marian_model(config: Config, vocabulary: int, eos: int, pad: int, longest: int) -> Any:
+    """transformers' MarianMTModel of the config's shape. longest: positions of either side."""
     from transformers import MarianConfig, MarianMTModel
 
     shape = config.model
-    model = MarianMTModel(
+    return MarianMTModel(
         MarianConfig(
             vocab_size=vocabulary,
             d_model=shape.hidden_size,
@@ -113,20 +124,17 @@ def marian(config: Config, vocabulary: int) -> tuple[nn.Module, Callable[..., Te
             decoder_attention_heads=shape.num_heads,
             encoder_ffn_dim=shape.feed_forward_size,
             decoder_ffn_dim=shape.feed_forward_size,
-            activation_function="relu",
+            activation_function=shape.activation,
             dropout=shape.dropout,
             attention_dropout=0.0,
             activation_dropout=0.0,
             scale_embedding=True,
-            max_position_embeddings=config.data.seq_length,
+            max_position_embeddings=longest,
             init_std=shape.initial_scale,
-            pad_token_id=vocabulary - 1,
-            decoder_start_token_id=0,
-            eos_token_id=0,
+            pad_token_id=pad,
+            eos_token_id=eos,
+            bos_token_id=eos,
+            decoder_start_token_id=eos,
+            forced_eos_token_id=None,
         )
     )
-
-    def loss_of(source: Tensor, read: Tensor, labels: Tensor) -> Tensor:
-        return model(input_ids=source, decoder_input_ids=read, labels=labels, use_cache=False).loss
-
-    return model, loss_of

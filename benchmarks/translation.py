@@ -25,6 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch
 import torch.nn.functional as F
+from theirs import marian_model
 
 from pretrain.config.load import load_config
 from pretrain.config.run import Config
@@ -69,41 +70,12 @@ def ours(
     return scores_of(written), last["tokens"] * len(rates) / sum(rates)
 
 
-def marian(config: Config, tokenizer: Tokenizer) -> Any:
-    from transformers import MarianConfig, MarianMTModel
-
-    model, eos, pad = config.model, tokenizer.eos, tokenizer.special["pad"]
-    layers, ffn = model.num_layers, model.feed_forward_size
-    shape = MarianConfig(
-        vocab_size=tokenizer.vocab_size,
-        d_model=model.hidden_size,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=model.num_heads,
-        decoder_attention_heads=model.num_heads,
-        encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn,
-        activation_function=model.activation,
-        dropout=model.dropout,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        scale_embedding=True,
-        max_position_embeddings=max(LENGTHS),
-        init_std=model.initial_scale,
-        pad_token_id=pad,
-        eos_token_id=eos,
-        bos_token_id=eos,
-        decoder_start_token_id=eos,
-        forced_eos_token_id=None,
-    )
-    return MarianMTModel(shape)
-
-
 def theirs(
     config: Config, pairs: list[tuple[str, str]], batch: int, held_out: Sequence[tuple[str, str]], tokenizer: Tokenizer
 ) -> tuple[dict[str, float], float]:
     torch.manual_seed(config.run.seed)
-    model, plan, optimizer = marian(config, tokenizer), Plan(config, len(pairs)), config.optimizer
+    model = marian_model(config, tokenizer.vocab_size, tokenizer.eos, tokenizer.special["pad"], max(LENGTHS))
+    plan, optimizer = Plan(config, len(pairs)), config.optimizer
     adam = torch.optim.AdamW(
         model.parameters(), 1.0, optimizer.betas, optimizer.epsilon, optimizer.weight_decay, fused=True
     )
