@@ -27,11 +27,12 @@ from pretrain.config.run import Config
 from pretrain.flops import needed_flops, peak_flops
 from pretrain.gauges import Histograms, Norms
 from pretrain.metrics import Metrics, finite
+from pretrain.rates import Rates
 from pretrain.results import RESULT, of_run, validations, write_result
 from pretrain.room import Lasting
 from pretrain.saving import Saved, Unsaved
 from pretrain.schedule import Plan
-from pretrain.terminal import Terminal
+from pretrain.terminal import Terminal, short
 from pretrain.validation import Result
 
 
@@ -112,38 +113,6 @@ class Silent:
 
     def end(self, state: State, reason: str) -> None:
         """The run ends: "finished", "stopped" (it was asked to), "early-stop" or "diverged"."""
-
-
-class Rates:
-    """Time, tokens (or examples), FLOPs and waiting of the steps since the last report."""
-
-    def __init__(self, unit: str) -> None:
-        self.warm, self.unit = False, unit
-        self.started = self.clear()
-
-    def clear(self) -> float:
-        self.seconds, self.steps, self.tokens, self.waited = 0.0, 0, 0, 0.0
-        self.flops = {"mfu": 0.0, "hfu": 0.0}
-        self.started = time.perf_counter()
-        return self.started
-
-    def add(self, tokens: int, waited: float, flops: dict[str, float]) -> None:
-        """flops: of a token, as the two utilizations count them."""
-        now = time.perf_counter()
-        if self.warm:
-            self.seconds += now - self.started
-            self.steps, self.tokens, self.waited = self.steps + 1, self.tokens + tokens, self.waited + waited
-            self.flops = {name: sum + tokens * flops[name] for name, sum in self.flops.items()}
-        self.started, self.warm = now, True
-
-    def fields(self) -> dict[str, float]:
-        if not self.steps:
-            return {}
-        return {
-            f"{self.unit}_per_second": self.tokens / self.seconds,
-            "step_seconds": self.seconds / self.steps,
-            "data_seconds": self.waited / self.steps,
-        }
 
 
 class Reporter(Silent):
@@ -429,11 +398,3 @@ class Reporter(Silent):
         if reason == "stopped":
             yield f"stopped after step {state.step:,}, which is saved{told}. Go on with"
             yield f"  python -m pretrain train {self.folder}"
-
-
-def short(count: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"

@@ -94,3 +94,11 @@ def clock(seconds: float) -> str:
     """3725 -> 1:02:05"""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def short(count: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"

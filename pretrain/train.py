@@ -25,17 +25,13 @@ from pretrain.config.duration import Span
 from pretrain.config.run import Config
 from pretrain.data.sources import Sources
 from pretrain.data.stream import batch_hash, prefetch
-from pretrain.finetuning.examples import ExampleStream
-from pretrain.finetuning.instruction import Instruction
-from pretrain.finetuning.judging import Judge
-from pretrain.finetuning.responses import AnswerJudge
 from pretrain.heartbeat import Heartbeat
+from pretrain.held_out import validation_of
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.keeping import Keeper
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
-from pretrain.objectives.labelled import Labelled
 from pretrain.policy import Policy
 from pretrain.profile import Profiler
 from pretrain.report import Silent
@@ -43,7 +39,6 @@ from pretrain.schedule import Plan
 from pretrain.showing import Showing
 from pretrain.stragglers import Stragglers
 from pretrain.trainable import frozen_weights
-from pretrain.validation import Validation
 
 
 class StepData(NamedTuple):
@@ -101,7 +96,7 @@ class Run:
         self.built: Built = build(config, grid, sources.sizes, self.start.values)
         self.engine, self.built.schedule.phase = self.built.engine, self.profile.phase
         self.keeper = Keeper(config, grid, self.plan)
-        self.validation = self._validation()
+        self.validation = validation_of(config, grid, sources, self.objective)
         self.showing = Showing(config, grid, sources, self.objective, self.built)
         self.state = State()
         self.before = self.state  # the state one step ago: an interval is due when it was crossed since
@@ -110,17 +105,6 @@ class Run:
         self.policy, self.is_back = Policy(config), False
         self.spike: str | None = None  # of this step, in words
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
-
-    def _validation(self) -> Validation | Judge | None:
-        config, sources = self.config, self.sources
-        if isinstance(self.objective, Labelled):
-            assert sources.task is not None
-            if sources.examples is None:
-                return None
-            training = sources.train.examples.items if isinstance(sources.train, ExampleStream) else []
-            judge = AnswerJudge if isinstance(sources.task, Instruction) else Judge
-            return judge(config, self.grid, sources.task, self.objective, sources.examples, training)
-        return Validation(config, self.grid, self.objective, sources.validation) if sources.validation else None
 
     # -- one step --------------------------------------------------------------------------------------------------
 

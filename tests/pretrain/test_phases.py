@@ -26,7 +26,7 @@ from pretrain.data.order import Order, Source
 from pretrain.data.sources import Sources
 from pretrain.flops import flops_per_token, needed_flops
 from pretrain.models.gpt import GPT
-from pretrain.report import Rates
+from pretrain.rates import Rates
 from tests.distributed import run_ranks
 from tests.pretrain import running
 from tests.training import write_config

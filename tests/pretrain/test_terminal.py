@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import Exit
-from pretrain.report import short
-from pretrain.terminal import clock
+from pretrain.terminal import clock, short
 from tests.distributed import REPOSITORY, die_with_parent
 from tests.pretrain import running
 from tests.training import write_config
