@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 from launch.__main__ import main
+from tests.distributed import REPOSITORY
 
+CONFIG = REPOSITORY / "configs" / "gpt" / "demo.yaml"
+SIZE = ("--nodes", "2", "--time", "1:00:00")
+LAYOUT = ("batch.micro_size=1",)
 COMMANDS = {
     "srun": """printf '%s\\0' "$@" >"$FAKE/srun"
 env -0 >"$FAKE/environment"
