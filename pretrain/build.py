@@ -214,9 +214,15 @@ def choose_compile(config: Config, grid: Grid) -> tuple[bool, str]:
 
 
 def _private_compile_cache() -> None:
-    """Compiled code is unpickled when it is reused, so it must lie where nobody else can write."""
+    """Compiled code is unpickled when it is reused, and headers are compiled into it, so both must lie where nobody else
+    can write. inductor keeps headers in the shared /tmp wherever the rest lies."""
+    from torch._inductor import codecache
+
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pretrain" / "inductor"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    headers = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "headers"
+    headers.mkdir(parents=True, exist_ok=True, mode=0o700)
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")

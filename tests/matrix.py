@@ -38,7 +38,7 @@ version: 1
 model: {kind: gpt, num_layers: 5, hidden_size: 32, num_heads: 4, dropout: 0.1, initial_scale: 0.1}
 data: {train: SHARDS/train, seq_length: 32}
 objective: {kind: causal, loss_across_documents: false}
-batch: {size: 8, micro_size: 8, ramp: {start: 4, increment: 4, length: 3 steps}}
+batch: {size: 8, micro_size: 8, ramp: {start: 4, increment: 4, length: 2 steps}}
 optimizer: {kind: adamw, learning_rate: 1.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_norm: 1.0,
             epsilon: 1.0e-5}
 schedule: {kind: cosine, warmup: 2 steps, total: 1000 steps, final_fraction: 0.1}

@@ -8,7 +8,7 @@ import pytest
 
 from tests.matrix import AXES, MOST_PROCESSES, SEED, Combination, Matrix, accepted, covering, each_layout, write_shards
 
-STEPS = 5  # past the step at which the batch ramp grows
+STEPS = 3  # the last of them on the batch that the ramp ends in
 MORE = 2  # drawn from all that remain
 
 

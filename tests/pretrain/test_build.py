@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import codecache
 
 from kernels.backends import Backends
 from parallel.layout import Layout
@@ -38,6 +39,8 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set and removed again, so that it is restored")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR"):
+        monkeypatch.setattr(codecache, name, "set by the test, so that it is restored")
     monkeypatch.delenv("CXX", raising=False)
 
 
@@ -99,6 +102,7 @@ def test_compiled_code_lies_where_nobody_else_can_write(compiler: Path, tmp_path
     choose_compile(config(compile="auto"), grid())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert Path(codecache._HEADER_DIR).parent == Path(codecache._HEADER_LOCK_DIR).parent.parent == folder
 
 
 def test_a_cache_folder_of_the_users_choice_stays(

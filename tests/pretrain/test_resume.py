@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_a_compiled_run_killed_in_a_step_goes_on_bitwise(tmp_path: Path, tiny_da
     train_killed(tmp_path, tiny_data, BOARD, *options, fault=partial(running.kill_in_step, 6), timeout=240)
     ran = train(tmp_path, tiny_data, BOARD, *options, timeout=240)
     assert ran.code == 0 and "going on after step 4" in ran.out and ", compiled," in ran.out, ran.told
+    assert list(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "headers").glob("*.gch")), "not in the shared /tmp"
     assert_same_run(uninterrupted(tiny_data, *options), tmp_path / "run")
 
 
