@@ -141,10 +141,11 @@ class Ranks:
         return min(failed, key=lambda rank: rank.process.returncode, default=None)
 
     def _tell(self, first: Rank) -> None:
-        """Which rank failed, how, and its last words; nothing where all ended alike and rank 0, which told it, is ours."""
+        """Which rank failed, how, and its last words; nothing where all ended alike and rank 0, which told it, is ours, or
+        where all saved as they were asked to."""
         code = first.process.returncode
         alike = all(rank.process.returncode == code for rank in self.ranks)
-        if alike and code > 0 and self.ranks[0].number == 0:
+        if alike and (code == Exit.STOPPED or (code > 0 and self.ranks[0].number == 0)):
             return
         if code == Exit.PARTED:
             how = "gave up waiting for another"
