@@ -31,6 +31,7 @@ COUNT = ".bytes"
 SOURCE = re.compile(r"[0-9a-f]{64}")
 PARTIAL = ".partial"
 POLL_SECONDS = 0.02
+ROOM_SECONDS = 10.0
 FRESH_SECONDS = 60.0  # a file's time of last use is not written more often
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Key = tuple[str, str]  # fingerprint of the source, name of the file
@@ -83,10 +84,11 @@ class Cache:
         """Whether the file is there; that it was asked for counts as a use."""
         path = self._path(key)
         try:
-            _touch(path, os.stat(path, follow_symlinks=False))
+            found = os.stat(path, follow_symlinks=False)
+            _touch(path, found)
         except OSError:
             return False
-        return True
+        return stat.S_ISREG(found.st_mode)
 
     def remove(self, key: Key) -> None:
         """Away with a file that is not what it should be."""
@@ -162,26 +164,38 @@ class Cache:
                 raise
             self._resize(file, 0)
             self._write(file, data, spare=4 * len(data))
-        os.rename(self._partial_path(key), self._path(key))
+        with self._counted():  # who counts the files meanwhile would find it under neither name
+            os.rename(self._partial_path(key), self._path(key))
 
     def _write(self, file: int, data: bytes, spare: int = 0) -> None:
-        self._resize(file, len(data), spare)
+        deadline = time.monotonic() + ROOM_SECONDS
+        while not self._resize(file, len(data), spare):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"data.cache.size: {self.size:,} bytes have no room for a file of {len(data):,} bytes beside those that "
+                    "are being written; raise it."
+                )
+            time.sleep(POLL_SECONDS)
         rest, place = memoryview(data), 0
         while place < len(rest):
             place += os.pwrite(file, rest[place:], place)
         os.fsync(file)
 
-    def _resize(self, file: int, size: int, spare: int = 0) -> None:
-        """Give a partial file this size, for which room is made first. spare: bytes that must go in any case."""
+    def _resize(self, file: int, size: int, spare: int = 0) -> bool:
+        """Give a partial file this size, for which room is made first; False where others that write leave none now.
+        spare: bytes that must go in any case."""
         if (now := os.fstat(file).st_size) == size:  # nobody else changes it: it is locked
-            return
+            return True
         with self._counted() as count:
             if size > now:
                 self._make_room(count, size - now, spare)
+                if count.total + size - now > self.size:
+                    return False
                 count.total += size - now
                 count.write()
             os.ftruncate(file, size)
             count.total -= max(now - size, 0)
+        return True
 
     # -- all files ---------------------------------------------------------------------------------------------------
 
@@ -201,7 +215,7 @@ class Cache:
 
     def _make_room(self, count: _Count, size: int, spare: int) -> None:
         """Remove the least recently used files until `size` more bytes fit, and a little more, so that it is not done each
-        time. Raises UserError where what is being written by others leaves no room."""
+        time; as far as there are any that nobody writes."""
         if count.total + size <= self.size and not spare:
             return
         self._remove_leftovers()
@@ -217,11 +231,6 @@ class Cache:
                 with suppress(FileNotFoundError):
                     os.unlink(found.path)
                 count.total -= found.size
-        if count.total + size > self.size:
-            raise UserError(
-                f"data.cache.size: {self.size:,} bytes are too few for what is read at a time; raise it, or lower "
-                "data.remote.in_flight."
-            )
 
     def _files(self) -> Iterator[_File]:
         for source in os.scandir(self.folder):
