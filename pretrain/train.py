@@ -125,6 +125,7 @@ class Run:
             self.grid.data_size,
             self.config.data.prefetch,
             self.objective.also,
+            self.config.data.remote.timeout_seconds,
         )
         try:
             while self.state.step < end and not self.is_back:

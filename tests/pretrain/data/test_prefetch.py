@@ -73,7 +73,7 @@ def test_a_restart_at_any_step_and_world_size_gives_the_same_batches(stream: Str
 
 def test_it_is_a_webdataset_pipeline_that_takes_stock_stages(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(module, "Prefetch", lambda batches, depth: taken.append(batches))
+    monkeypatch.setattr(module, "Prefetch", lambda batches, *_: taken.append(batches))
     prefetch(stream, iter(RAMP), 0, 1)
     pipeline = taken[0]
     assert isinstance(pipeline, webdataset.DataPipeline)
