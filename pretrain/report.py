@@ -272,15 +272,10 @@ class Reporter(Silent):
 
     def validation(self, step: int, tokens: int, result: Result) -> None:
         assert self.metrics is not None
-        fields: dict[str, Any] = {
-            "step": step,
-            **({"tokens": tokens} if self.unit == "tokens" else {}),
-            "validation_loss": result.loss,
-        }
+        seen = {"tokens": tokens} if self.unit == "tokens" else {}
+        fields: dict[str, Any] = {"step": step, **seen, **result.measures, **result.by_source}
         fields |= {f"validation_{name}": score for name, score in result.scores.items()}
         fields |= {f"floor_validation_{name}": score for name, score in (result.floor or {}).items()}
-        fields |= {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
-        fields |= result.by_source
         self.metrics.write({**fields, "validation_targets": result.targets})
         if self.board is not None:
             self.board.scalars(step, fields)

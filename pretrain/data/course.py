@@ -6,8 +6,9 @@ ends is found by halving, since what was read before a step is arithmetic. So th
 number, with a handful of small tables however long the run is.
 
   budgets   A source that is to give b of the R tokens that are left gets the next whole number of 4096 slots above b / R of them:
-            it has given them all shortly before the end, with its last whole batch within the budget. The others share the rest.
-            Where all have budgets, the last one takes what is left.
+            it has given them all shortly before the end, and ends with the batch in which it has. Shares are set anew half of the
+            way to the end, and half of what is left, and so on. The others share the rest. Where all have budgets, the last one
+            takes what is left. Each has given its budget to within one batch.
   caps      A source ends with the last batch before one of its sequences would be read more than `epochs` times. Lanes come to
             that within a visit or two of each other, so about two sequences a lane may be left unread.
   skipped   Ranges of sample numbers that the run passed over (`pretrain.spikes`) move all that comes after them: a change comes
@@ -18,6 +19,7 @@ Legend: L lanes, K sources.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -92,13 +94,14 @@ class Course:
             slots = self._slots(step, seen)
             stretches.append(Stretch(self._number(step), slots or self._any(stretches), base))
             order = self._order(phase, stretches)
-            border = min([end, *(begin for begin, _ in self.mixture.changes if begin > step)])
+            border = min([end, self._half(step), *(begin for begin, _ in self.mixture.changes if begin > step)])
             stop, ended = self._first_end(phase, order, step, border) if slots else (border, set())
-            self._close(ended, stop)
-            if ended and stop == step < end:  # they cannot give one batch: the same step again without them
+            if ended and stop == step:  # they cannot give one batch: the same step again without them
+                self._close(ended)
                 stretches.pop()
                 continue
             self._tell(step, stretches[-1].slots)
+            self._close(ended)
             step, base = stop, order.visits(self._number(stop))
             seen = self._seen[phase] + self._in_phase(phase, order, stop)
             if step >= end:
@@ -107,6 +110,17 @@ class Course:
         self.orders.append(order)
         self._stretches.append(stretches)
         self._seen.append(seen)
+
+    def _half(self, step: int) -> int:
+        """Half of the way to the end, where the shares of budgets are set anew, so that they are met in a short run too; the end
+        where there are none."""
+        end = self.plan.total_steps
+        budgets = any(self.mixture.shares[index].budget is not None for index in self._open)
+        return step + max((end - step) // 2, 1) if budgets else end
+
+    def _is_change(self, step: int) -> bool:
+        """Whether the curriculum has other weights from here on."""
+        return any(begin == step for begin, _ in self.mixture.changes)
 
     def _order(self, phase: int, stretches: list[Stretch]) -> Order:
         mixture = self.mixture
@@ -140,25 +154,26 @@ class Course:
         return None
 
     def _shared(self, step: int, needs: Mapping[int, int], free: Mapping[int, float]) -> Slots:
-        """The next whole slot above what each budget needs of the tokens that are left; what remains by weight, or to the largest
-        budget."""
-        found = [0] * len(self.mixture.shares)
+        """Of a period the next whole slot above what each budget needs of the tokens that are left; what remains by weight, or to
+        the largest need."""
+        found = dict.fromkeys(range(len(self.mixture.shares)), 0)
         left = max(self.mixture.total - self.plan.tokens_before(step), 1)
-        for index, need in needs.items():
-            found[index] = min(max(math.ceil(PERIOD * need / left), 1), PERIOD)
-        rest = PERIOD - sum(found)
-        if free:
-            for index, slots in zip(free, slots_of(list(free.values()), max(rest, 0)), strict=True):
-                found[index] = slots
-                if not slots:
-                    name = self.mixture.shares[index].name
-                    raise UserError(
-                        f"data.train.{name}: its share from step {step:,} on is below 1/{PERIOD} of the sequences; give it more, "
-                        "or leave it out"
-                    )
-        else:
+        found |= {index: max(math.ceil(PERIOD * need / left), 1) for index, need in needs.items()}
+        room = PERIOD - len(free)
+        if sum(found.values()) > room:  # in the last batches, where they may be behind
+            found |= dict(zip(needs, slots_of(list(needs.values()), room), strict=True))
+        rest = PERIOD - sum(found.values())
+        if not free:
             found[max(needs, key=lambda index: needs[index])] += rest
-        return tuple(found)
+            return tuple(found.values())
+        found |= dict(zip(free, slots_of(list(free.values()), rest), strict=True))
+        small = [self.mixture.shares[index].name for index in free if not found[index]]
+        if small and (step == 0 or self._is_change(step)):
+            raise UserError(
+                f"data.train: from step {step:,} on {', '.join(small)} would give less than 1/{PERIOD} of the sequences; raise "
+                "the weight, or leave it out"
+            )
+        return tuple(found.values())
 
     def _any(self, stretches: list[Stretch]) -> Slots:
         """The last shares that there were: of what is not part of the run, or has no other."""
@@ -168,47 +183,39 @@ class Course:
 
     def _first_end(self, phase: int, order: Order, step: int, border: int) -> tuple[int, set[int]]:
         """The first step before `border` with which sources end, and which; the border and none where none does."""
-        ends = {index: self._last_within(phase, order, index, step, border) for index in sorted(self._open)}
+        ends = {index: self._end_of(phase, order, index, step, border) for index in sorted(self._open)}
         stop = min(ends.values(), default=border)
-        ended = {index for index, last in ends.items() if last == stop < border}
+        ended = {index for index, end in ends.items() if end == stop < border}
         if self.mixture.all_budgets and ended == self._open:  # the last one takes what is left
             ended.discard(max(ended, key=lambda index: self.mixture.shares[index].budget or 0))
         return (stop, ended) if ended else (border, set())
 
-    def _last_within(self, phase: int, order: Order, index: int, step: int, border: int) -> int:
-        """The last step up to `border` before which a source has given no more than it may."""
-        share = self.mixture.shares[index]
-        alone = self.mixture.all_budgets and len(self._open) == 1
-        if share.epochs is None and (share.budget is None or alone):
-            return border
-        low, high = step, border  # within at low, as far as one step asks for; nothing is known above
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._is_within(phase, order, index, middle, budget=not alone):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def _end_of(self, phase: int, order: Order, index: int, step: int, border: int) -> int:
+        """The step from `step` on with which a source ends; the border where it goes on."""
+        share, end = self.mixture.shares[index], border
+        steps = range(step, border + 1)
+        if share.budget is not None and not (self.mixture.all_budgets and len(self._open) == 1):
+            missing = share.budget - self._seen[phase][index]
+            reached = bisect.bisect_left(steps, missing, key=lambda at: self._in_phase(phase, order, at)[index])
+            end = min(step + reached, border)
+        if share.epochs is not None:
+            within = bisect.bisect_right(steps, share.epochs, key=lambda at: self._reads(order, index, at))
+            end = min(max(step + within - 1, step), end)
+        return end
 
-    def _is_within(self, phase: int, order: Order, index: int, step: int, budget: bool) -> bool:
-        share = self.mixture.shares[index]
-        if share.budget is not None and budget:
-            seen = self._seen[phase][index] + self._in_phase(phase, order, step)[index]
-            if seen > share.budget:
-                return False
-        visits = order.visits(self._number(step))[:, index]
-        return share.epochs is None or most_reads(visits, order.sources[index]) <= share.epochs
+    def _reads(self, order: Order, index: int, step: int) -> float:
+        return most_reads(order.visits(self._number(step))[:, index], order.sources[index])
 
-    def _close(self, ended: set[int], step: int) -> None:
+    def _close(self, ended: set[int]) -> None:
         self._open -= ended
         for share in (self.mixture.shares[index] for index in sorted(ended)):
-            what = f"its {share.budget:,} tokens" if share.epochs is None else f"what {share.epochs:g} epochs allow"
+            what = f"its {share.budget:,} tokens" if share.epochs is None else f"what epochs: {share.epochs:g} allows"
             self._reasons.append(f"{share.name} has given {what}")
 
     # -- words -------------------------------------------------------------------------------------------------------
 
     def _arrive(self, step: int) -> None:
-        if any(begin == step for begin, _ in self.mixture.changes):
+        if self._is_change(step):
             self._reasons.append("data.curriculum")
 
     def _tell(self, step: int, slots: Slots) -> None:

@@ -40,7 +40,8 @@ def slots_of(weights: Sequence[float], slots: int = PERIOD) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def round_robin(slots: tuple[int, ...]) -> tuple[Integers, Integers]:
-    """Which source each slot of a period takes, (PERIOD,); and how often each had been taken before, (K, PERIOD + 1).
+    """Which source each slot of a period takes, (PERIOD,); and how often each had been taken before, (K, PERIOD + 1)
+    in 16 bits.
 
     Smooth: in each slot all gain their share, the richest is taken and pays the period."""
     gains, credit = np.array(slots, np.int64), np.zeros(len(slots), np.int64)
@@ -51,7 +52,7 @@ def round_robin(slots: tuple[int, ...]) -> tuple[Integers, Integers]:
         credit[taken[slot]] -= PERIOD
     ones = taken[None, :] == np.arange(len(slots))[:, None]
     before = np.concatenate([np.zeros((len(slots), 1), np.int64), np.cumsum(ones, axis=1)], axis=1)
-    return taken, before
+    return taken, before.astype(np.int16)
 
 
 class Turns:
@@ -61,7 +62,8 @@ class Turns:
         tables = [round_robin(stretch.slots) for stretch in stretches]
         self.firsts = np.array([stretch.first for stretch in stretches], np.int64)
         self._lanes, self._starts = starts.shape[1], starts
-        self._taken, self._before = (np.stack(parts) for parts in zip(*tables, strict=True))  # (P, PERIOD), (P, K, ..)
+        self._taken = np.stack([taken for taken, _ in tables])  # (P, PERIOD)
+        self._before = np.stack([before for _, before in tables])  # (P, K, PERIOD + 1)
         self._slots = np.array([stretch.slots for stretch in stretches], np.int64)  # (P, K)
         lanes = np.arange(self._lanes)
         self._begins = -((lanes - self.firsts[:, None]) // self._lanes)  # (P, L): turns of a lane before the stretch
