@@ -19,8 +19,8 @@ MAPPING = "<names>"  # the alternative of `data.train` that is a mapping; not sh
 
 def _with_unit(value: Any) -> Any:
     """`2B` and `2000000` are tokens too."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+        value = str(int(value))
     return f"{value} tokens" if isinstance(value, str) and not re.search(r"[a-z]{5}", value) else value
 
 

@@ -62,7 +62,13 @@ def test_help_shows_every_field_and_is_yaml_of_the_defaults() -> None:
     shown = yaml.parse(help_config())
     leaves = {f"{section}.{key}" for section, part in shown.items() if isinstance(part, dict) for key in part}
     leaves |= {f"objective.template.{role}" for role in shown["objective"]["template"]}
-    nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.", "data.phases.")  # null by default: shown as comments
+    nested = (
+        "model.rope_scaling.",
+        "model.lora.",
+        "batch.ramp.",
+        "data.phases.",
+        "data.curriculum.",
+    )  # null by default: shown as comments
     for path, _ in fields(Config):
         if path.startswith(nested):
             assert re.search(rf"^  #   {path.rsplit('.')[-1]}: ", help_config(), re.MULTILINE)
