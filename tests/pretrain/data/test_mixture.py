@@ -46,17 +46,20 @@ def make(
     return Mixture(config.data, 1, tokens[: len(named)], [part[: len(named)] for part in sizes], plan)
 
 
-def read(mixture: Mixture, skipped: Ranges = ()) -> list[list[tuple[Any, Any, int]]]:
-    """Of each step its sources, samples and tokens a sequence, from the order of its phase, one step after the other."""
-    plan, course, found = mixture.plan, mixture.course(skipped), []
-    for step in range(plan.total_steps):
-        first = past(plan.samples_before(step), skipped)
-        numbers = np.arange(first, first + plan.size(step))
-        found.append([*zip(*course.orders[plan.phase(step)].locate(numbers), itertools.repeat(plan.seq_length(step)))])
+def read(mixture: Mixture, skipped: Ranges = ()) -> list[list[tuple[int, int, int]]]:
+    """Of each step its sources, samples and tokens a sequence, from the order of its phase."""
+    plan, course = mixture.plan, mixture.course(skipped)
+    found: list[list[tuple[int, int, int]]] = []
+    for phase, steps in itertools.groupby(range(plan.total_steps), plan.phase):
+        firsts = [(past(plan.samples_before(step), skipped), plan.size(step)) for step in steps]
+        numbers = np.concatenate([np.arange(first, first + size) for first, size in firsts])
+        parts = zip(*(part.tolist() for part in course.orders[phase].locate(numbers)), strict=True)
+        length = plan.phases[phase].data.seq_length
+        found += [[(*next(parts), length) for _ in range(size)] for _, size in firsts]
     return found
 
 
-def counted(steps: list[list[tuple[Any, Any, int]]], sources: int) -> list[int]:
+def counted(steps: list[list[tuple[int, int, int]]], sources: int) -> list[int]:
     """Tokens of each source, one sequence after the other."""
     totals = [0] * sources
     for source, _, length in itertools.chain.from_iterable(steps):
@@ -108,7 +111,7 @@ def test_weights_change_at_just_their_step(skipped: Ranges) -> None:
     steps, plan = read(mixture, skipped), mixture.plan
     third = next(step for step in range(400) if plan.tokens_before(step) >= 150_000)
     assert 100 < third < 399
-    sources = [{int(source) for source, _, _ in step} for step in steps]
+    sources = [{source for source, _, _ in step} for step in steps]
     assert set().union(*sources[100:third]) == {0, 2}, "b has no weight there"
     assert 1 in set().union(*sources[90:100]) and 1 in set().union(*sources[third : third + 5])
     for begin, end, shares in ((0, 100, (0.5, 0.3, 0.2)), (100, third, (0.25, 0, 0.75)), (third, 400, (1 / 3,) * 3)):
@@ -128,7 +131,7 @@ def test_in_a_run_that_passed_over_samples_no_sequence_is_read_twice_in_an_epoch
             number = past(mixture.plan.samples_before(step), skipped)
             assert mixture.course(skipped).slots(step) == mixture.course().slots(step)
             assert order.locate(np.array([number]))[0] in np.flatnonzero(mixture.course().slots(step))
-        reads = [(int(source), int(sample)) for step in read(mixture, skipped)[:150] for source, sample, _ in step]
+        reads = [(source, sample) for step in read(mixture, skipped)[:150] for source, sample, _ in step]
         largest = [pair for pair in reads if pair[0] == 0]
         assert len(set(largest)) == len(largest) < mixture.sizes[0][0].samples
 
@@ -154,7 +157,6 @@ def test_no_sequence_is_read_more_often_than_its_epochs_allow(lanes: int, size: 
         assert counts.max() == epochs
         left = epochs * samples - counts.sum()
         assert 0 <= left <= 4 * lanes + size, "it ends as late as it may"
-    assert mixture.course().tokens(700)[0] > 100_000, "the rest goes to the other"
 
 
 def test_a_source_that_ends_gives_its_share_to_the_others_in_proportion() -> None:
