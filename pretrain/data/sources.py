@@ -53,12 +53,21 @@ class Sources:
             return cls._of_examples(config)
         data, seed = config.data, config.data_seed
         validated = [data.validation] if data.validation is not None else list(data.held_out.values())
-        for folder in dict.fromkeys([*data.train_folders, *validated, *data.held_out.values()]):
-            _check_packing(config, Manifest.load(folder))
-        mixture = _mixture(config)
-        *earlier, train = _streams(config, mixture)
-        held_out = {name: Stream([part], data.seq_length, seed, shuffle=False) for name, part in data.held_out.items()}
-        validation = Stream(validated, data.seq_length, seed, shuffle=False) if validated else None
+        folders = dict.fromkeys([*data.train_folders, *validated, *data.held_out.values()])
+        manifests = {
+            folder: Manifest.load(folder) for folder in folders
+        }  # once: those of 10^13 tokens take half a second
+        for manifest in manifests.values():
+            _check_packing(config, manifest)
+        mixture = _mixture(config, manifests)
+        *earlier, train = _streams(config, manifests, mixture)
+        held_out = {
+            name: Stream([manifests[part]], data.seq_length, seed, shuffle=False)
+            for name, part in data.held_out.items()
+        }
+        validation = None
+        if validated:
+            validation = Stream([manifests[part] for part in validated], data.seq_length, seed, shuffle=False)
         for name, stream in {"data.validation": validation, **held_out}.items():
             if stream is not None:
                 _check_tokenizers(train, stream, name if name in held_out else "")
@@ -111,28 +120,28 @@ class Sources:
         return hashlib.sha256(" ".join(recipes).encode()).hexdigest()
 
 
-def _mixture(config: Config) -> Mixture | None:
+def _mixture(config: Config, manifests: Mapping[str, Manifest]) -> Mixture | None:
     """Of the named sources, where there are."""
     if config.data.named is None:
         return None
-    manifests = [Manifest.load(folder) for folder in config.data.train_folders]
-    sizes = [[source_of(manifest, phase.data.seq_length) for manifest in manifests] for phase in config.phases]
+    ours = [manifests[folder] for folder in config.data.train_folders]
+    sizes = [[source_of(manifest, phase.data.seq_length) for manifest in ours] for phase in config.phases]
     plan = Plan(config, sum(source.samples for source in sizes[-1]))
-    return Mixture(config.data, config.data_seed, [manifest.tokens for manifest in manifests], sizes, plan)
+    return Mixture(config.data, config.data_seed, [manifest.tokens for manifest in ours], sizes, plan)
 
 
-def _streams(config: Config, mixture: Mixture | None) -> list[Stream]:
+def _streams(config: Config, manifests: Mapping[str, Manifest], mixture: Mixture | None) -> list[Stream]:
     """Of each phase, which begins with its first segment's first sample."""
     data = config.data
     begins = {segment.phase: segment for segment in reversed(list(segments(config)))}
     return [
         Stream(
-            data.train_folders,
+            [manifests[folder] for folder in data.train_folders],
             phase.data.seq_length,
             config.data_seed,
             data.lanes,
             data.window,
-            weights=_weights(config),
+            weights=_weights(config, manifests),
             begin=begins[number].sample,
             tokens=begins[number].tokens,
             mixture=mixture,
@@ -142,12 +151,12 @@ def _streams(config: Config, mixture: Mixture | None) -> list[Stream]:
     ]
 
 
-def _weights(config: Config) -> list[float] | None:
+def _weights(config: Config, manifests: Mapping[str, Manifest]) -> list[float] | None:
     """Of a list of folders; None: by their numbers of samples."""
     data = config.data
     if data.weights is not None or data.named is not None or data.temperature == 1:
         return data.weights
-    return [tempered(Manifest.load(folder).tokens, data.temperature) for folder in data.train_folders]
+    return [tempered(manifests[folder].tokens, data.temperature) for folder in data.train_folders]
 
 
 def _kept_tokenizer(config: Config) -> Tokenizer:

@@ -39,7 +39,7 @@ Also = Callable[[Integers], Integers]
 
 
 class Stream:
-    """Samples of one or more folders of shards.
+    """Samples of one or more folders of shards, or of their manifests that were loaded.
 
     seq_length: T, the tokens of a sequence (one more is read: the last target). seed, lanes, window: of the order, see
     `pretrain.data.order`. shuffle=False: samples in the order in which they lie. weights: of several folders (default:
@@ -50,7 +50,7 @@ class Stream:
 
     def __init__(
         self,
-        folders: Sequence[str | Path],
+        folders: Sequence[str | Path | Manifest],
         seq_length: int,
         seed: int,
         lanes: int = 256,
@@ -64,7 +64,7 @@ class Stream:
     ) -> None:
         if not folders:
             raise UserError("There is no folder of shards to read.")
-        self.manifests = [Manifest.load(folder) for folder in folders]
+        self.manifests = [part if isinstance(part, Manifest) else Manifest.load(part) for part in folders]
         _check_same_tokenizer(self.manifests)
         self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
         sources = [source_of(manifest, seq_length) for manifest in self.manifests]
