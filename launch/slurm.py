@@ -198,7 +198,7 @@ def _mounts(args: argparse.Namespace, config: Config, run: Path) -> tuple[Path, 
     """Folders that the run reads and writes, each at its own place in the container; none inside another."""
     data = config.data
     validation = data.validation if isinstance(data.validation, list) else [data.validation]
-    named = [*data.train_folders, *validation, config.model.initial]
+    named = [*data.train_folders, *data.held_out.values(), *validation, config.model.initial]
     paths = [Path(name).absolute() for name in named if name is not None and Path(name).exists()]
     folders = {path if path.is_dir() else path.parent for path in [*paths, Path.cwd(), run]}
     return tuple(sorted(one for one in folders if not any(other in one.parents for other in folders)))

@@ -75,7 +75,8 @@ def _code(home: Path) -> Iterator[tuple[str, str]]:
 def _data(config: Config, sources: Sources) -> Iterator[tuple[str, str]]:
     """The fingerprint of all data, and the manifests that it is made of."""
     yield FINGERPRINT, sources.fingerprint[:DIGITS]
-    for name, stream in (("data.train", sources.train), ("data.validation", sources.validation)):
+    held_out = {f"data.train.{name}.validation": stream for name, stream in sources.held_out.items()}
+    for name, stream in {"data.train": sources.train, "data.validation": sources.validation, **held_out}.items():
         for manifest in getattr(stream, "manifests", ()):  # labelled examples have none
             yield f"{name}, {manifest.folder}/manifest.json", manifest.fingerprint[:DIGITS]
 

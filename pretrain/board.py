@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from parallel.statistics import Histogram
-from pretrain.charts import EVENTS, FOLDER, TRAINING, VALIDATION, layout, tag_of
+from pretrain.charts import EVENTS, FOLDER, MIXTURE, TRAINING, VALIDATION, layout, source_tags, tag_of
 from pretrain.config.load import dump_config
 from pretrain.config.run import Config
 from pretrain.eventfiles import cut_back
@@ -28,14 +28,16 @@ class Board:
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         folder = Path(config.run.dir) / FOLDER
         left = cut_back(folder, step)
-        self._happened = {kind: left[f"happened/{kind}/text_summary"] for kind in EVENTS}  # how often so far
+        named = config.data.named is not None
+        kinds = (*EVENTS, MIXTURE) if named else EVENTS
+        self._happened = {kind: left[f"happened/{kind}/text_summary"] for kind in kinds}  # how often so far
         # A TensorBoard that is looking forgets what it has read of later steps.
         self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1 if step else 0)
         self._writer.add_text("settings", _as_code(dump_config(config)))
         scores, norms = config.objective.kind != "causal", config.monitor.norms_every is not None
-        self._writer.add_custom_scalars(layout(scores, norms))
+        self._writer.add_custom_scalars(layout(scores, norms, named))
         settings = {**_hyperparameters(config), "parameters": parameters}
-        start, begun, self._ended = hparams(settings, {VALIDATION if config.data.validation else TRAINING: 0.0})
+        start, begun, self._ended = hparams(settings, {VALIDATION if config.data.has_validation else TRAINING: 0.0})
         for summary in (start, begun):
             self._writer._get_file_writer().add_summary(summary)
 
@@ -44,9 +46,11 @@ class Board:
         for name, value in fields.items():
             if tag := tag_of(name):
                 self._writer.add_scalar(tag, value, step)
+        for tag, value in source_tags(fields.get("sources", {})).items():
+            self._writer.add_scalar(tag, value, step)
 
     def event(self, kind: str, step: int, words: str) -> None:
-        """Something happened, one of EVENTS: told at its step, and counted from the timeline's next point on."""
+        """Something happened, one of EVENTS or MIXTURE: told at its step, and counted from the timeline's next point on."""
         self._happened[kind] += 1
         self._writer.add_text(f"happened/{kind}", _as_code(words), step)
 

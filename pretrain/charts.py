@@ -5,6 +5,7 @@ TensorBoard sorts groups of tags by their names and opens the first two, so name
     loss/        train, validation, each of their terms where there are several, bits_per_byte
     optimizer/   grad_norm, learning_rate, batch_size, epochs; of several phases seq_length
     scores/      of validation: accuracies, a task's metrics
+    sources/     of named sources, a curve each: tokens and epochs seen, validation loss and bits_per_byte of each one's own
     speed/       tokens_per_second (of labelled examples examples_per_second), step_seconds, data_wait_seconds; mfu and hfu
                  where the device's peak is known
     system/      memory_gibibytes, checkpoint_stall_seconds, checkpoint_write_seconds
@@ -19,9 +20,12 @@ Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 FOLDER = "tensorboard"  # in a run's folder
 VALIDATION, TRAINING = "loss/validation", "loss/train"
 EVENTS = ("checkpoint", "resume", "rewind", "skip", "spike")
+MIXTURE = "mixture"  # the event of named sources: their shares change
 TAGS = {
     "loss": TRAINING,
     "validation_loss": VALIDATION,
@@ -56,8 +60,19 @@ def tag_of(name: str) -> str | None:
     return None
 
 
-def layout(scores: bool, norms: bool) -> Layout:
-    """The charts of the page "custom scalars". scores: a validation gives some; norms: those of weights are watched."""
+def source_tags(sources: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """What is known of each named source, by its tag: one group a measure, so that sources lie in one chart."""
+    return {
+        f"sources/{measure}/{name}": value
+        for name, found in sources.items()
+        for measure, value in found.items()
+        if value is not None
+    }
+
+
+def layout(scores: bool, norms: bool, sources: bool = False) -> Layout:
+    """The charts of the page "custom scalars". scores: a validation gives some; norms: those of weights are watched; sources: of
+    the data have names."""
     overview = {
         "loss: training and validation": [f"{TRAINING}$", f"{VALIDATION}$"],
         **({"validation scores": ["scores/"]} if scores else {}),
@@ -66,12 +81,21 @@ def layout(scores: bool, norms: bool) -> Layout:
         "speed (tokens or examples a second)": [r"speed/\w+_per_second$"],
         "seconds a step, and of these waiting for data": ["speed/step_seconds$", "speed/data_wait_seconds$"],
         "memory (GiB)": ["system/memory_gibibytes$"],
-        "breaks so far: a step up where one was": ["timeline/(?!checkpoint)"],
+        "breaks so far: a step up where one was": ["timeline/(?!checkpoint|mixture)"],
         "checkpoints so far": ["timeline/checkpoint$"],
     }
     weights = {
         "norms of gradients": ["weight_gradient_norm/"],
         "norms of weights": ["weight_norm/"],
     }
-    charts = {"overview": overview, **({"layers": weights} if norms else {})}
+    named = {
+        "epochs of each source": ["sources/epochs/"],
+        "validation loss of each source": ["sources/validation_loss/"],
+        "changes of their shares so far": ["timeline/mixture$"],
+    }
+    charts = {
+        "overview": overview,
+        **({"sources": named} if sources else {}),
+        **({"layers": weights} if norms else {}),
+    }
     return {category: {chart: ("Multiline", tags) for chart, tags in of.items()} for category, of in charts.items()}

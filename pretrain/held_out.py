@@ -11,10 +11,12 @@ from pretrain.finetuning.judging import Judge
 from pretrain.finetuning.responses import AnswerJudge
 from pretrain.objectives.choice import Objective
 from pretrain.objectives.labelled import Labelled
-from pretrain.validation import Validation
+from pretrain.validation import SourcesValidation, Validation
 
 
-def validation_of(config: Config, grid: Grid, sources: Sources, objective: Objective) -> Validation | Judge | None:
+def validation_of(
+    config: Config, grid: Grid, sources: Sources, objective: Objective
+) -> Validation | SourcesValidation | Judge | None:
     """None where nothing is held out."""
     if isinstance(objective, Labelled):
         assert sources.task is not None
@@ -23,4 +25,8 @@ def validation_of(config: Config, grid: Grid, sources: Sources, objective: Objec
         training = sources.train.examples.items if isinstance(sources.train, ExampleStream) else []
         judge = AnswerJudge if isinstance(sources.task, Instruction) else Judge
         return judge(config, grid, sources.task, objective, sources.examples, training)
-    return Validation(config, grid, objective, sources.validation) if sources.validation else None
+    if sources.validation is None:
+        return None
+    whole = Validation(config, grid, objective, sources.validation)
+    parts = {name: Validation(config, grid, objective, stream) for name, stream in sources.held_out.items()}
+    return SourcesValidation(parts, None if config.data.validation is None else whole) if parts else whole

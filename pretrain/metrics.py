@@ -53,9 +53,13 @@ class Metrics:
 
 def finite(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no word for a number that is not finite: null stands for it."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
-    }
+    return {name: _finite(value) for name, value in fields.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return finite(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:

@@ -156,5 +156,5 @@ def needed_disk(config: Config, sources: Sources, frozen: int) -> int:
     """Bytes that checkpoints will take beyond those there: the last ones, the best one, and one that is being written."""
     count = parameters_of(config, sources.sizes)
     size = BYTES_SAVED * (count - frozen) + 4 * frozen
-    kept = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best and config.data.validation is not None)
+    kept = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best and config.data.has_validation)
     return size * max(kept - len(list_steps(Path(config.run.dir))), 1)

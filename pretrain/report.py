@@ -97,7 +97,7 @@ class Silent:
         """Of weights and gradients."""
 
     def event(self, kind: str, step: int, words: str) -> None:
-        """What TensorBoard's timeline marks, one of `pretrain.charts.EVENTS`."""
+        """What TensorBoard's timeline marks, one of `pretrain.charts.EVENTS` or MIXTURE."""
 
     def flush(self) -> None:
         """Bring to the disk what was reported so far."""
@@ -272,19 +272,15 @@ class Reporter(Silent):
 
     def validation(self, step: int, tokens: int, result: Result) -> None:
         assert self.metrics is not None
-        fields = {"step": step, **({"tokens": tokens} if self.unit == "tokens" else {}), "validation_loss": result.loss}
+        seen = {"tokens": tokens} if self.unit == "tokens" else {}
+        fields: dict[str, Any] = {"step": step, **seen, **result.measures, **result.by_source}
         fields |= {f"validation_{name}": score for name, score in result.scores.items()}
         fields |= {f"floor_validation_{name}": score for name, score in (result.floor or {}).items()}
-        fields |= {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
         self.metrics.write({**fields, "validation_targets": result.targets})
         if self.board is not None:
             self.board.scalars(step, fields)
         self.latest = {**self.latest, "validation_loss": result.loss}
-        more = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in result.scores.items()]
-        floor = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in (result.floor or {}).items()]
-        more[-1:] = [f"{more[-1]} (without learning: {', '.join(floor)})"] if floor else more[-1:]
-        more += [] if result.bits_per_byte is None else [f"{result.bits_per_byte:.3f} bits a byte"]
-        self.terminal.say(f"step {step:,}: {', '.join([f'validation loss {result.loss:.4f}', *more])}")
+        self.terminal.say(f"step {step:,}: {result.words}")
 
     def text(self, step: int, text: str) -> None:
         if self.board is not None:

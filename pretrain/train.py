@@ -119,7 +119,7 @@ class Run:
         phase = self.plan.phase(self.state.step)
         end = self.plan.end_of(phase)
         source = prefetch(
-            self.sources.phases[phase],
+            self.sources.stream(phase, self.state.skipped),
             self.plan.steps_from(self.state.step, end, self.state.skipped),
             self.grid.data_rank,
             self.grid.data_size,
@@ -265,6 +265,9 @@ class Run:
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
         self.reporter.step_done(self.state.step, data.waited)
         self.keeper.tell(self.reporter)
+        if change := self.sources.event(self.state.step, self.state.skipped):
+            self.reporter.say(change)
+            self.reporter.event("mixture", self.state.step, change)
         if not self.due(self.config.monitor.log_every) and not self.at_end:
             return
         self.heartbeat.mark(self.state.step, "report")
@@ -276,6 +279,7 @@ class Run:
             step=self.state.step,
             **({} if self.sources.task else {"tokens": self.plan.tokens_before(self.state.step)}),
             samples=self.state.samples,
+            **self.sources.seen(self.state.step, self.state.skipped),
             **({} if len(self.plan.phases) == 1 else {"seq_length": self.plan.seq_length(self.before.step)}),
             loss=sum(losses.values()),
             **({f"{term}_loss": mean for term, mean in losses.items()} if len(losses) > 1 else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +24,42 @@ class Result(NamedTuple):
     scores: dict[str, float]  # what else was measured: accuracies, and the terms' losses where there are several
     error: float | None = None  # by which the best step is chosen, the lower the better; None: by the loss
     floor: dict[str, float] | None = None  # those of the scores that are reached without learning
+    sources: Mapping[str, Result] | None = None  # of each named source's own held-out text
 
     @property
     def criterion(self) -> float:
         return self.loss if self.error is None else self.error
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        more = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in self.scores.items()]
+        floor = [f"{name.replace('_', ' ')} {score:.4f}" for name, score in (self.floor or {}).items()]
+        more[-1:] = [f"{more[-1]} (without learning: {', '.join(floor)})"] if floor else more[-1:]
+        more += [] if self.bits_per_byte is None else [f"{self.bits_per_byte:.3f} bits a byte"]
+        more += [f"{name} {one.loss:.4f}" for name, one in (self.sources or {}).items()]
+        return ", ".join([f"validation loss {self.loss:.4f}", *more])
+
+    @property
+    def by_source(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Of each named source its loss and bits per byte, as a field of metrics; nothing where there are none."""
+        found = {name: one.measures for name, one in (self.sources or {}).items()}
+        return {"sources": found} if found else {}
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """The loss, and bits per byte where they are known."""
+        return {
+            "validation_loss": self.loss,
+            **({} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}),
+        }
+
+
+class Sums(NamedTuple):
+    """What a validation adds up."""
+
+    sums: list[float]  # of the terms' losses, then of how many of each are right
+    counts: list[float]  # targets of each term
 
 
 class Validation:
@@ -43,6 +75,10 @@ class Validation:
 
     def run(self, schedule: Schedule) -> Result:
         """`schedule` drives stages that are not training."""
+        return result_of(self.objective, *self.sums(schedule), self.stream)
+
+    def sums(self, schedule: Schedule) -> Sums:
+        """Over all ranks. Collective."""
         terms = self.objective.terms
         sums = torch.zeros(self.objective.num_sums, dtype=torch.float64, device=self.grid.device)
         counts = torch.zeros(len(terms), dtype=torch.float64, device=self.grid.device)
@@ -51,7 +87,7 @@ class Validation:
             counts += torch.stack([batch.counts() for batch in batches]).sum(dim=0)
         ours = [sums * self.grid.reads_loss, counts * self.grid.reads_data]
         total, count = self.grid.total(torch.cat(ours)).split([len(sums), len(counts)])
-        return result_of(self.objective, total.tolist(), count.tolist(), self.stream)
+        return Sums(total.tolist(), count.tolist())
 
     def _groups(self) -> Iterator[list[TextBatch]]:
         """This rank's micro-batches, in groups as a pipeline takes them."""
@@ -68,6 +104,39 @@ class Validation:
         known = np.where(past, 0, numbers)
         batch = self.objective(torch.from_numpy(known), torch.from_numpy(self.stream.read(known, self.objective.also)))
         return batch.without(torch.from_numpy(past)).to(self.grid.device)
+
+
+class SourcesValidation:
+    """The held-out text of each named source by itself, and beside it the whole: `whole` where the run has held-out text of its
+    own, else what all sources' have together, each target counted alike."""
+
+    def __init__(self, parts: Mapping[str, Validation], whole: Validation | None) -> None:
+        self.parts, self.whole = parts, whole
+
+    def run(self, schedule: Schedule) -> Result:
+        """As `Validation.run`."""
+        sums = {name: part.sums(schedule) for name, part in self.parts.items()}
+        results = {name: result_of(part.objective, *sums[name], part.stream) for name, part in self.parts.items()}
+        whole = self._together(sums, results) if self.whole is None else self.whole.run(schedule)
+        return whole._replace(sources=results)
+
+    def _together(self, sums: Mapping[str, Sums], results: Mapping[str, Result]) -> Result:
+        added = Sums(
+            *([sum(column) for column in zip(*rows, strict=True)] for rows in zip(*sums.values(), strict=True))
+        )
+        found = result_of(next(iter(self.parts.values())).objective, *added, None)
+        return found._replace(bits_per_byte=bits_together(list(results.values())))
+
+
+def bits_together(results: Sequence[Result]) -> float | None:
+    """Bits per byte of several texts as one; None where one's are not known."""
+    bits = bytes_of_text = 0.0
+    for result in results:
+        if not result.bits_per_byte:
+            return None
+        these = result.loss / math.log(2) * result.targets
+        bits, bytes_of_text = bits + these, bytes_of_text + these / result.bits_per_byte
+    return bits / bytes_of_text
 
 
 def result_of(objective: TextObjective, sums: list[float], counts: list[float], stream: Stream | None) -> Result:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from parallel.layout import Problem
 from pretrain.config.duration import Interval
+from pretrain.config.mixture import Change, NamedSource, Train, named_problems
 from pretrain.config.remote import CacheConfig, RemoteConfig
 from pretrain.config.section import Section, meaning
 
@@ -28,11 +29,20 @@ class Phase(Section):
 class DataConfig(Section):
     """Shards made by `prepare`; the tokenizer travels with them. Or files of labelled examples."""
 
-    train: str | list[str] = meaning(
+    train: Train = meaning(
         "shards/train",
-        "folder of shards to train on (or its s3://, gs://, http(s):// address), or a list; or a file of labelled examples",
+        "folder of shards to train on (or its s3://, gs://, http(s):// address), a list of folders, or named sources, "
+        "{name: {folder, weight, tokens, epochs, validation}, name: folder, ...}; or a file of labelled examples",
     )
-    weights: list[float] | None = meaning(None, "share of samples from each train folder; null: by their sizes")
+    weights: list[float] | None = meaning(
+        None, "share of samples from each folder of a list; null: by their sizes; named sources have their own"
+    )
+    temperature: float = meaning(
+        1.0, "of several sources without weights: each one's is its size to the power of 1 / temperature", gt=0
+    )
+    curriculum: list[Change] = meaning(
+        [], "other weights of named sources as the run goes on, each {from, weights: {name: weight, ...}}"
+    )
     validation: str | None = meaning(None, "folder of held-out shards, or file of examples; null: no validation")
     seq_length: int = meaning(256, "tokens a training sequence; of labelled examples the most", ge=1)
     phases: list[Phase] = meaning(
@@ -52,7 +62,7 @@ class DataConfig(Section):
         folders, weights = self.train_folders, self.weights
         if not folders:
             yield Problem("train", "is empty", "name at least one folder of shards")
-        if weights is not None and len(weights) != len(folders):
+        if weights is not None and self.named is None and len(weights) != len(folders):
             yield Problem("weights", f"{len(weights)} for {len(folders)} train folders", "give one a folder, or null")
         if weights is not None and any(weight <= 0 for weight in weights):
             yield Problem("weights", f"{weights}: each must be above 0", "leave a folder out instead")
@@ -64,7 +74,43 @@ class DataConfig(Section):
                 yield Problem(f"phases.{number}.seq_length", found, "lower it, or raise data.seq_length")
         if len(self.phases) > MOST_PHASES:
             yield Problem("phases", f"{len(self.phases)} are too many", f"give at most {MOST_PHASES}")
+        yield from self._mixture_problems()
+
+    def _mixture_problems(self) -> Iterator[Problem]:
+        named, weights = self.named, self.weights
+        if named is not None:
+            yield from named_problems(named, list(self.curriculum))
+            if weights is not None:
+                yield Problem(
+                    "weights", "named sources have their own", "write data.train: {name: {folder, weight}, ...}"
+                )
+        elif self.curriculum:
+            mend = "name them, data.train: {name: folder, ...}, or remove it"
+            yield Problem("curriculum", "changes the weights of named sources", mend)
+        weighed = weights is not None or any(source.weight is not None for source in (named or {}).values())
+        budgets = named is not None and all(source.tokens is not None for source in named.values())
+        if self.temperature != 1 and (len(self.train_folders) < 2 or weighed or budgets):
+            yield Problem(
+                "temperature", "has no effect but on several sources without weights", "remove it, or the weights"
+            )
+
+    @property
+    def named(self) -> dict[str, NamedSource] | None:
+        """The named sources by their names in order, which is theirs in the data's order too; None where they have none."""
+        return dict(sorted(self.train.items())) if isinstance(self.train, dict) else None
 
     @property
     def train_folders(self) -> list[str]:
-        return [self.train] if isinstance(self.train, str) else self.train
+        if self.named is not None:
+            return [source.folder for source in self.named.values()]
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Of named sources those with held-out shards, and their folders."""
+        named = self.named or {}
+        return {name: source.validation for name, source in named.items() if source.validation is not None}
+
+    @property
+    def has_validation(self) -> bool:
+        return self.validation is not None or bool(self.held_out)

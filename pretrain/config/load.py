@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -33,13 +33,14 @@ FREE = (
     "run.on_spike",
     "run.spike_factor",
     "run.max_rewinds",
-    "data.train",
     "data.validation",
     "data.prefetch",
     "data.cache",
     "data.remote",
     "data.phases.micro_size",
 )
+# Where shards lie, which of several named ones lie where, and which are held out.
+FOLDERS = re.compile(r"data\.train(\.[^.]+\.(folder|validation))?")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -121,10 +122,12 @@ def resume_problems(saved: Config, wished: Config) -> list[Problem]:
 def _refusal(path: str, saved: Config, wished: Config) -> str:
     """How to mend a difference at `path`; empty if it is allowed."""
     plain = re.sub(r"\.\d+\b", "", path)  # without the places in lists
-    if any(plain == free or plain.startswith(f"{free}.") for free in FREE):
+    if any(plain == free or plain.startswith(f"{free}.") for free in FREE) or FOLDERS.fullmatch(path):
         return ""
     if path == "schedule.total":
         before, after = saved.schedule.total, wished.schedule.total
+        if any(source.tokens is not None for source in (saved.data.named or {}).values()):
+            return "the budgets of data.train are shares of it: leave it, or give another run.dir"
         if before.unit == after.unit and after.count > before.count:
             return ""
         return "a resumed run can only become longer: leave it, or give another run.dir"
@@ -206,7 +209,7 @@ def _translate(error: ValidationError) -> list[Problem]:
     between: list[Problem] = []
     found: dict[str, tuple[int, Problem]] = {}
     for item in error.errors():
-        keys = [str(key) for key in item["loc"]]
+        keys = [str(key) for key in item["loc"] if not str(key).startswith("<")]  # a union's alternative
         reason = item.get("ctx", {}).get("error")
         if isinstance(reason, Inconsistent):
             between += [problem._replace(path=".".join([*keys, problem.path])) for problem in reason.problems]
@@ -268,10 +271,17 @@ def _field(keys: list[str]) -> FieldInfo | None:
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section class of a field, also of one that may be null or is a list of sections."""
-    annotation = field.annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType, list) else (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    """The section class of a field, also of one that may be null, or is a list or a mapping of sections."""
+    return next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The classes that a type is made of."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated, list, dict):
+        for part in get_args(annotation):
+            yield from _kinds(part)
 
 
 # -- --help-config ---------------------------------------------------------------------------------------------------

@@ -133,8 +133,8 @@ class Config(Section):
         if self.model.initial is None:
             yield Problem("model.initial", "is missing", "name a run, or a folder of Hugging Face's, to start from")
         for name in ("train", "validation"):
-            if isinstance(getattr(self.data, name), list):
-                yield Problem(f"data.{name}", "is a list", "name one file of labelled examples")
+            if not isinstance(getattr(self.data, name), str | None):
+                yield Problem(f"data.{name}", "is more than one", "name one file of labelled examples")
         windowed = self.objective.kind in ("tagging", "question-answering")
         if windowed and self.objective.overlap >= self.data.seq_length:
             found = f"{self.objective.overlap} is not below data.seq_length {self.data.seq_length}"
@@ -156,7 +156,7 @@ class Config(Section):
             return
         if self.model.kind not in ("gpt", "bert"):
             yield Problem("monitor.attention_every", f"draws no {self.model.kind}, but gpt and bert", "remove it")
-        if not monitor.sample_prompt and self.data.validation is None:
+        if not monitor.sample_prompt and not self.data.has_validation:
             yield Problem("monitor.attention_every", "needs a sample", "set monitor.sample_prompt, or data.validation")
 
     def problems(self) -> Iterator[Problem]:
@@ -170,7 +170,7 @@ class Config(Section):
             message = f"{longest} is longer than model.max_positions {limit}"
             yield Problem("data.seq_length", message, "lower it, or raise model.max_positions")
         for name in ("validate_every", "patience", "translate_pairs"):
-            if self.data.validation is None and getattr(monitor, name) is not None:
+            if not self.data.has_validation and getattr(monitor, name) is not None:
                 yield Problem(f"monitor.{name}", "needs held-out data", "set data.validation, or remove it")
         yield from self._attention_problems()
         if monitor.patience is not None and monitor.validate_every is None:

@@ -16,6 +16,8 @@ Legend: L lanes, W chunks of a window, S samples a chunk, N samples of a source,
   mixture   Several sources: each lane walks a smooth weighted round robin over a period of 4096 slots, beginning at a
             place of its own; a lane's k-th visit of a source is its (k mod length)-th sample of epoch k div length. So
             shares are exact to 1/4096 and every sample of a source is visited once before any twice, lane by lane.
+            Shares may change at any sample number; each source then goes on where the lane stands in it
+            (`pretrain.data.shares`).
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data.shares import PERIOD, Stretch, Turns, slots_of
+
 U64 = np.uint64
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 VERSION = 1  # of the order itself: part of a stream's recipe, so that a changed order cannot resume an older run
-PERIOD = 4096
 ROUNDS = 6
 GOLDEN = U64(0x9E3779B97F4A7C15)
 
@@ -96,8 +99,8 @@ def _feistel(x: Words, height: Words, width: Words, keys: Words) -> Words:
 
 
 class Order:
-    """Order of one source, or of a mixture with `weights` (default: by their numbers of samples). first: sample number that
-    stands at the order's beginning."""
+    """Order of one source, or of a mixture: with `weights` (default: by their numbers of samples), or with shares that change,
+    `stretches`, of which the first begins with the order. first: sample number that stands at the order's beginning."""
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class Order:
         lanes: int = 256,
         window: int = 16,
         first: int = 0,
+        stretches: Sequence[Stretch] | None = None,
     ) -> None:
         if not sources or any(source.samples < 1 or source.per_chunk < 1 for source in sources):
             raise ValueError("an order needs at least one source, each with at least one sample")
@@ -114,66 +118,76 @@ class Order:
             raise ValueError(f"lanes and window must be at least 1, not {lanes} and {window}")
         self.sources, self.lanes, self.window = list(sources), lanes, window
         self.seed, self.first = seed % 2**64, first
-        self.weights = list(weights) if weights is not None else [float(source.samples) for source in sources]
-        if len(self.weights) != len(sources) or not all(0 < weight < float("inf") for weight in self.weights):
-            raise ValueError("weights must be one positive number for each source")
-        self._schedule()
+        self.weights = None
+        if stretches is None:
+            self.weights = list(weights) if weights is not None else [float(source.samples) for source in sources]
+            stretches = [self._whole_run(self.weights)]
+            self._one_source = len(sources) == 1
+        else:
+            self._one_source = False
+        self._turns = Turns(stretches, self._starts(len(stretches)))
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples of all sources together; with one source an epoch is exactly so many numbers."""
         return sum(source.samples for source in self.sources)
 
-    def _schedule(self) -> None:
-        """The round robin's period: which source each slot takes and the how-many-th of its visits that is."""
-        shares = np.asarray(self.weights, np.float64) / np.sum(self.weights)
-        visits = np.floor(shares * PERIOD).astype(np.int64)
-        largest_remainder = np.argsort(visits - shares * PERIOD, kind="stable")
-        visits[largest_remainder[: PERIOD - int(visits.sum())]] += 1
-        if not visits.all():
+    def _whole_run(self, weights: Sequence[float]) -> Stretch:
+        """Shares that never change."""
+        if len(weights) != len(self.sources) or not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError("weights must be one positive number for each source")
+        slots = slots_of(weights)
+        if not all(slots):
             raise ValueError(f"the smallest weight is below 1/{PERIOD} of the sum")
-        credit, slots = np.zeros(len(visits), np.int64), np.empty(PERIOD, np.int64)
-        for slot in range(PERIOD if len(visits) > 1 else 0):
-            credit += visits
-            slots[slot] = np.argmax(credit)
-            credit[slots[slot]] -= PERIOD
-        taken = slots[None, :] == np.arange(len(visits))[:, None]
-        self._visits, self._slots = visits, slots
-        self._before = np.concatenate([np.zeros((len(visits), 1), np.int64), np.cumsum(taken, axis=1)], axis=1)
+        return Stretch(0, slots, np.zeros((self.lanes, len(weights)), np.int64))
+
+    def _starts(self, stretches: int) -> Integers:
+        """(P, L): the slot at which each lane begins in each stretch."""
+        lanes = np.arange(self.lanes)
+        later = [key(self.seed, lanes, number) for number in range(1, stretches)]
+        return (np.stack([key(self.seed, lanes), *later]) % U64(PERIOD)).astype(np.int64)
 
     def locate(self, numbers: Integers) -> tuple[Integers, Integers]:
         """Source and sample of each sample number. numbers (B,) int64, at least `first`; returns two (B,) int64 arrays."""
-        numbers = np.asarray(numbers, np.int64) - self.first
-        if numbers.size and numbers.min() < 0:
-            raise ValueError(f"sample numbers begin at {self.first}")
-        if len(self.sources) == 1:
+        numbers = self._from_first(numbers)
+        if self._one_source:
             epoch, place = np.divmod(numbers, self.sources[0].samples)
             inside = self._inside(0, epoch, place % self.lanes, place // self.lanes)
             return np.zeros_like(numbers), inside
-        lane, turn = numbers % self.lanes, numbers // self.lanes
-        source, visit = self._visit(lane, turn)
+        source, visit = self._turns.visit(numbers)
         samples = np.empty_like(numbers)
-        for index, sizes in enumerate(self.sources):
-            chosen = source == index
-            samples[chosen] = self._lane_sample(index, sizes.samples, lane[chosen], visit[chosen])
+        for index in range(len(self.sources)):
+            chosen = np.flatnonzero(source == index)
+            samples[chosen] = self._inside(index, *self._visited(index, numbers[chosen] % self.lanes, visit[chosen]))
         return source, samples
 
-    def _visit(self, lane: Integers, turn: Integers) -> tuple[Integers, Integers]:
-        """Source of a lane's turn, and which visit of this lane to that source it is."""
-        start = (key(self.seed, lane) % U64(PERIOD)).astype(np.int64)
-        period, slot = np.divmod(turn + start, PERIOD)
-        source = self._slots[slot]
-        visit = period * self._visits[source] + self._before[source, slot] - self._before[source, start]
-        return source, visit
+    def epoch(self, number: int) -> int:
+        """Which pass over its source a sample number belongs to."""
+        at = self._from_first(np.array([number]))
+        if self._one_source:
+            return int(at[0]) // self.sources[0].samples
+        source, visit = self._turns.visit(at)
+        return int(self._visited(int(source[0]), at % self.lanes, visit)[0][0])
 
-    def _lane_sample(self, index: int, samples: int, lane: Integers, visit: Integers) -> Integers:
-        """The visit-th sample of a lane. Of a source with fewer samples than lanes, lanes l, l + N, ... share a place
-        and take different epochs in turn."""
+    def visits(self, number: int) -> Integers:
+        """(L, K) int64: how often each lane has visited each source of a mixture before a sample number."""
+        return self._turns.visits(number - self.first)
+
+    def _from_first(self, numbers: Integers) -> Integers:
+        numbers = np.asarray(numbers, np.int64) - self.first
+        if numbers.size and numbers.min() < 0:
+            raise ValueError(f"sample numbers begin at {self.first}")
+        return numbers
+
+    def _visited(self, index: int, lane: Integers, visit: Integers) -> tuple[Integers, Integers, Integers]:
+        """Of a lane's visit to a source: the epoch, the lane whose sample it takes, and which of that lane's. Of a source with
+        fewer samples than lanes, lanes l, l + N, ... share a place and take different epochs in turn."""
+        samples = self.sources[index].samples
         sharing = -(-self.lanes // samples) if samples < self.lanes else 1
         place = lane % samples if sharing > 1 else lane
         length = (samples - place + self.lanes - 1) // self.lanes
         epoch = visit // length * sharing + (lane // samples if sharing > 1 else 0)
-        return self._inside(index, epoch, place, visit % length)
+        return epoch, place, visit % length
 
     def _inside(self, index: int, epoch: Integers, lane: Integers, m: Integers) -> Integers:
         """The m-th sample of a lane in a source's epoch: of a window, or of the tail."""
@@ -234,6 +248,10 @@ class Sequential:
         place = np.asarray(numbers, np.int64) % self.samples_per_epoch
         source = np.searchsorted(self._ends, place, side="right")
         return source, place - np.concatenate([[0], self._ends])[source]
+
+    def epoch(self, number: int) -> int:
+        """As `Order.epoch`."""
+        return number // self.samples_per_epoch
 
 
 def rank_numbers(first: int, size: int, rank: int, world: int, lanes: int) -> Integers:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pretrain.config.folder import CONFIG
 from pretrain.config.run import Config
 from pretrain.data.manifest import Manifest
-from pretrain.data.remote.access import Access, RemoteFolder
-from pretrain.data.stream import Stream
+from pretrain.data.mixture import Mixture, tempered
+from pretrain.data.remote.access import Access
+from pretrain.data.stream import Stream, source_of
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples, ExampleStream
 from pretrain.finetuning.opening import open_examples
 from pretrain.finetuning.tasks import Task
 from pretrain.inherit import initial_tokenizer
 from pretrain.runs import run_tokenizer
-from pretrain.schedule import segments
+from pretrain.schedule import Plan, segments
 from pretrain.sizes import Sizes
+from pretrain.spikes import Ranges
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES
 from pretrain.vocabulary import Vocabulary, vocabulary_of
@@ -30,7 +33,9 @@ from pretrain.vocabulary import Vocabulary, vocabulary_of
 class Sources:
     """Text in shards; or, of a `task`, labelled examples, of which those held out are `examples`.
 
-    train: of data.seq_length; `earlier`: of the phases before, in order. Held-out text is of data.seq_length in all phases."""
+    train: of data.seq_length; `earlier`: of the phases before, in order. Held-out text is of data.seq_length in all phases. Of
+    named sources `mixture` says which gives what; `held_out` are those with held-out text of their own, which all together are
+    `validation` where there is no other."""
 
     train: Stream | ExampleStream
     validation: Stream | None
@@ -39,6 +44,8 @@ class Sources:
     task: Task | None = None
     examples: Examples | None = None
     earlier: tuple[Stream, ...] = ()
+    mixture: Mixture | None = None
+    held_out: Mapping[str, Stream] = field(default_factory=dict)
 
     @classmethod
     def open(cls, config: Config) -> Sources:
@@ -47,19 +54,29 @@ class Sources:
             return cls._of_examples(config)
         data, seed = config.data, config.data_seed
         access = Access(data.cache, data.remote)
-        folders = [access.folder(name) for name in data.train_folders]
-        held_out = [] if data.validation is None else [access.folder(data.validation)]
-        for folder in (*folders, *held_out):
-            _check_packing(config, Manifest.load(folder))
-        *earlier, train = _streams(config, folders)
+        validated = [data.validation] if data.validation is not None else list(data.held_out.values())
+        folders = dict.fromkeys([*data.train_folders, *validated, *data.held_out.values()])
+        # Once: those of 10^13 tokens take half a second.
+        manifests = {folder: Manifest.load(access.folder(folder)) for folder in folders}
+        for manifest in manifests.values():
+            _check_packing(config, manifest)
+        mixture = _mixture(config, manifests)
+        *earlier, train = _streams(config, manifests, mixture)
+        held_out = {
+            name: Stream([manifests[part]], data.seq_length, seed, shuffle=False)
+            for name, part in data.held_out.items()
+        }
         validation = None
-        if held_out:
-            validation = Stream(held_out, data.seq_length, seed, shuffle=False)
-            _check_tokenizers(train, validation)
+        if validated:
+            validation = Stream([manifests[part] for part in validated], data.seq_length, seed, shuffle=False)
+        for name, stream in {"data.validation": validation, **held_out}.items():
+            if stream is not None:
+                _check_tokenizers(train, stream, name if name in held_out else "")
         tokenizer = train.manifests[0].tokenizer()
         if config.model.initial is not None:
             _check_initial(tokenizer, config.model.initial)
-        return cls(train, validation, tokenizer, vocabulary_of(config, tokenizer), earlier=tuple(earlier))
+        vocabulary = vocabulary_of(config, tokenizer)
+        return cls(train, validation, tokenizer, vocabulary, earlier=tuple(earlier), mixture=mixture, held_out=held_out)
 
     @classmethod
     def _of_examples(cls, config: Config) -> Sources:
@@ -73,6 +90,21 @@ class Sources:
         """The training stream of each phase."""
         return [*self.earlier, self.train]
 
+    def stream(self, phase: int, skipped: Ranges = ()) -> Stream | ExampleStream:
+        """The training stream of a phase of a run that passed over these ranges."""
+        found = self.phases[phase]
+        if self.mixture is None or isinstance(found, ExampleStream):
+            return found
+        return found.ordered(self.mixture.course(skipped).orders[phase])
+
+    def seen(self, step: int, skipped: Ranges) -> dict[str, Any]:
+        """What of each named source was seen before a step, as a field of metrics; nothing where none are named."""
+        return {} if self.mixture is None else {"sources": self.mixture.seen(step, skipped)}
+
+    def event(self, step: int, skipped: Ranges) -> str:
+        """What of the mixture changes at a step, in words; empty where nothing does."""
+        return "" if self.mixture is None else self.mixture.course(skipped).events.get(step, "")
+
     @property
     def sizes(self) -> Sizes:
         """What of the model the data decide."""
@@ -83,28 +115,49 @@ class Sources:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all recipes: the same exactly when every sample number has the same tokens."""
-        recipes = [stream.fingerprint for stream in (*self.phases, self.validation) if stream is not None]
+        streams = (*self.phases, self.validation, *self.held_out.values())
+        recipes = [stream.fingerprint for stream in streams if stream is not None]
         recipes += [self.examples.digest] if self.examples is not None else []
         return hashlib.sha256(" ".join(recipes).encode()).hexdigest()
 
 
-def _streams(config: Config, folders: Sequence[Path | RemoteFolder]) -> list[Stream]:
+def _mixture(config: Config, manifests: Mapping[str, Manifest]) -> Mixture | None:
+    """Of the named sources, where there are."""
+    if config.data.named is None:
+        return None
+    ours = [manifests[folder] for folder in config.data.train_folders]
+    sizes = [[source_of(manifest, phase.data.seq_length) for manifest in ours] for phase in config.phases]
+    plan = Plan(config, sum(source.samples for source in sizes[-1]))
+    return Mixture(config.data, config.data_seed, [manifest.tokens for manifest in ours], sizes, plan)
+
+
+def _streams(config: Config, manifests: Mapping[str, Manifest], mixture: Mixture | None) -> list[Stream]:
     """Of each phase, which begins with its first segment's first sample."""
     data = config.data
     begins = {segment.phase: segment for segment in reversed(list(segments(config)))}
     return [
         Stream(
-            folders,
+            [manifests[folder] for folder in data.train_folders],
             phase.data.seq_length,
             config.data_seed,
             data.lanes,
             data.window,
-            weights=data.weights,
+            weights=_weights(config, manifests),
             begin=begins[number].sample,
             tokens=begins[number].tokens,
+            mixture=mixture,
+            phase=number,
         )
         for number, phase in enumerate(config.phases)
     ]
+
+
+def _weights(config: Config, manifests: Mapping[str, Manifest]) -> list[float] | None:
+    """Of a list of folders; None: by their numbers of samples."""
+    data = config.data
+    if data.weights is not None or data.named is not None or data.temperature == 1:
+        return data.weights
+    return [tempered(manifests[folder].tokens, data.temperature) for folder in data.train_folders]
 
 
 def _kept_tokenizer(config: Config) -> Tokenizer:
@@ -144,10 +197,12 @@ def _check_packing(config: Config, manifest: Manifest) -> None:
     )
 
 
-def _check_tokenizers(train: Stream, validation: Stream) -> None:
+def _check_tokenizers(train: Stream, validation: Stream, name: str) -> None:
+    """name: of the source that the held-out text is of; empty: of none."""
     ours, theirs = train.manifests[0], validation.manifests[0]
+    path = f"data.train.{name}.validation" if name else "data.validation"
     if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
         raise UserError(
-            f"data.validation: {theirs.folder} was prepared with another tokenizer than {ours.folder}; "
+            f"{path}: {theirs.folder} was prepared with another tokenizer than {ours.folder}; "
             f"prepare it again with --tokenizer {ours.tokenizer_path}"
         )

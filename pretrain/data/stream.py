@@ -12,12 +12,13 @@ it was in the middle of, and for the order's tail, which each length shuffles by
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -29,6 +30,9 @@ from pretrain.data.remote.access import RemoteFolder
 from pretrain.data.remote.chunks import RemoteChunks, open_chunks
 from pretrain.errors import UserError
 
+if TYPE_CHECKING:
+    from pretrain.data.mixture import Mixture
+
 __all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -36,17 +40,18 @@ Also = Callable[[Integers], Integers]
 
 
 class Stream:
-    """Samples of one or more folders of shards.
+    """Samples of one or more folders of shards, or of their manifests that were loaded.
 
     seq_length: T, the tokens of a sequence (one more is read: the last target). seed, lanes, window: of the order, see
     `pretrain.data.order`. shuffle=False: samples in the order in which they lie. weights: of several folders (default:
-    by their sizes). begin, tokens: the first sample number that is the stream's, and the run's tokens before it. Raises
-    UserError for whatever is wrong with the folders, before a token is read.
+    by their sizes). begin, tokens: the first sample number that is the stream's, and the run's tokens before it. mixture: of
+    these folders by name, whose order in a phase of sequence lengths it is. Raises UserError for whatever is wrong with the
+    folders, before a token is read.
     """
 
     def __init__(
         self,
-        folders: Sequence[str | Path | RemoteFolder],
+        folders: Sequence[str | Path | RemoteFolder | Manifest],
         seq_length: int,
         seed: int,
         lanes: int = 256,
@@ -55,16 +60,24 @@ class Stream:
         weights: Sequence[float] | None = None,
         begin: int = 0,
         tokens: int = 0,
+        mixture: Mixture | None = None,
+        phase: int = 0,
     ) -> None:
         if not folders:
             raise UserError("There is no folder of shards to read.")
-        self.manifests = [Manifest.load(folder) for folder in folders]
+        self.manifests = [part if isinstance(part, Manifest) else Manifest.load(part) for part in folders]
         _check_same_tokenizer(self.manifests)
         self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
-        sources = [_source(manifest, seq_length) for manifest in self.manifests]
+        sources = [source_of(manifest, seq_length) for manifest in self.manifests]
+        self.names = None if mixture is None else mixture.names
         self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         try:
-            self.order = Order(sources, seed, weights, lanes, window, self.first) if shuffle else Sequential(sources)
+            if mixture is not None:
+                self.order: Order | Sequential = mixture.course().orders[phase]
+            elif shuffle:
+                self.order = Order(sources, seed, weights, lanes, window, self.first)
+            else:
+                self.order = Sequential(sources)
         except ValueError as error:
             raise UserError(f"The data's order cannot be made: {error}.") from error
         self.recipe = {
@@ -78,10 +91,17 @@ class Stream:
             "window": window,
             "shuffle": shuffle,
             **({"begin": begin, "first": self.first} if begin else {}),  # of a later phase
+            **({} if mixture is None else {"mixture": mixture.recipe}),
         }
         self._chunks, self._ahead = open_chunks(self.manifests)
         self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
         self._lock = threading.Lock()
+
+    def ordered(self, order: Order) -> Stream:
+        """The same data, and files that are open, in another order."""
+        other = copy.copy(self)
+        other.order = order
+        return other
 
     @property
     def samples_per_epoch(self) -> int:
@@ -160,7 +180,8 @@ class Stream:
         tokenizer = self.manifests[source].tokenizer()
         return {
             "number": number,
-            "epoch": (number - self.first) // self.samples_per_epoch if len(self.manifests) == 1 else None,
+            "epoch": self.order.epoch(number),
+            **({} if self.names is None else {"name": self.names[source]}),
             "source": str(self.manifests[source].folder),
             "sample": sample,
             "shard": self._chunks[source].shard_of(chunk).name,
@@ -192,8 +213,8 @@ def batch_hash(numbers: Integers, tokens: Iterable[Integers]) -> int:
     return (total + 2**63) % 2**64 - 2**63
 
 
-def _source(manifest: Manifest, seq_length: int) -> Source:
-    """Samples of a source. Refuses a sequence length that does not fit, naming the nearest that do."""
+def source_of(manifest: Manifest, seq_length: int) -> Source:
+    """Samples of a source in sequences of this length, which is refused where it does not fit, naming the nearest that do."""
     size, targets = manifest.tokens_per_chunk, manifest.tokens - 1
     if seq_length < 1:
         raise UserError(f"The sequence length must be at least 1, not {seq_length}.")

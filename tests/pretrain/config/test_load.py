@@ -63,7 +63,8 @@ def test_help_shows_every_field_and_is_yaml_of_the_defaults() -> None:
     leaves = {f"{section}.{key}" for section, part in shown.items() if isinstance(part, dict) for key in part}
     for section, part in (("objective", "template"), ("data", "cache"), ("data", "remote")):
         leaves |= {f"{section}.{part}.{name}" for name in shown[section][part]}
-    nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.", "data.phases.")  # null by default: shown as comments
+    # Null by default: shown as comments.
+    nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.", "data.phases.", "data.curriculum.")
     for path, _ in fields(Config):
         if path.startswith(nested):
             assert re.search(rf"^  #   {path.rsplit('.')[-1]}: ", help_config(), re.MULTILINE)

@@ -30,6 +30,12 @@ ENCODER = Config.model_validate(
         "objective": {"kind": "masked", "masking": "span", "mask_share": 0.5, "pairs": "order"},
     }
 )
+NAMED = Config.model_validate(
+    {
+        **BASE.model_dump(mode="json"),
+        "data": {"train": {"web": "a", "code": {"folder": "b", "epochs": 4, "validation": "c"}}, "seq_length": 128},
+    }
+)
 # DESIGN, promise 2: "On resume only `parallel`, `batch.micro_size`, `monitor`, `checkpoint` and a longer `schedule.total`
 # may differ"; and what does not decide the numbers: whose kernels compute them (promise 1), where the run and the shards
 # lie, how far is read ahead.
@@ -71,6 +77,7 @@ CANDIDATES = (
     "weight",
     "other {text}",
     [{"seq_length": 8, "length": "3 steps"}],
+    [{"from": "8 steps", "weights": {"web": 1, "code": 2}}],
 )
 
 
@@ -106,6 +113,8 @@ def base_of(path: str) -> Config:
     field = path.removeprefix("objective.").split(".")[0]
     kinds = " ".join(kinds for kinds, names in OF_KINDS.items() if field in names).split()
     special = {"model.decoder_layers": "prefix", "monitor.translate_pairs": "sequence-to-sequence"}
+    if path in ("data.temperature", "data.curriculum"):
+        return NAMED
     if path in special:
         return PAIRS[special[path]]
     if not kinds or "causal" in kinds:
@@ -180,3 +189,57 @@ def test_a_removed_section_and_several_differences_are_all_named() -> None:
 
 def test_the_same_configuration_resumes() -> None:
     assert resume_problems(BASE, Config.model_validate(BASE.model_dump(mode="json"))) == []
+
+
+def with_source(**changes: Any) -> Config:
+    values = NAMED.model_dump(mode="json")
+    values["data"]["train"]["code"] |= changes
+    return Config.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"epochs": 5}, "data.train.code.epochs"),
+        ({"epochs": None}, "data.train.code.epochs"),
+        ({"tokens": "2K"}, "data.train.code.tokens"),
+    ],
+)
+def test_what_a_named_source_gives_may_not_differ_and_is_named(changes: dict[str, Any], path: str) -> None:
+    (problem,) = resume_problems(NAMED, with_source(**changes))
+    assert problem.path == path and "was started with" in problem.message
+
+
+def test_where_the_shards_of_named_sources_lie_may_differ() -> None:
+    assert resume_problems(NAMED, with_source(folder="elsewhere", validation="there")) == []
+
+
+def test_another_weight_another_name_and_another_curriculum_are_named() -> None:
+    def weighed(weights: dict[str, float], later: float) -> Config:
+        values = NAMED.model_dump(mode="json")
+        values["data"]["train"] = {
+            name: {"folder": "a", "weight": weight, "validation": "c"} for name, weight in weights.items()
+        }
+        changed = dict.fromkeys(weights, later)
+        values["data"]["curriculum"] = [{"from": "9 steps", "weights": changed}]
+        return Config.model_validate(values)
+
+    before = weighed({"web": 1, "code": 2}, 3)
+    assert [problem.path for problem in resume_problems(before, weighed({"web": 1, "code": 3}, 3))] == [
+        "data.train.code.weight"
+    ]
+    assert {problem.path for problem in resume_problems(before, weighed({"web": 1, "code": 2}, 4))} == {
+        "data.curriculum.0.weights.web",
+        "data.curriculum.0.weights.code",
+    }
+    renamed = {problem.path for problem in resume_problems(before, weighed({"web": 1, "books": 2}, 3))}
+    assert {"data.train.code", "data.train.books"} <= renamed
+
+
+def test_a_run_of_budgets_may_not_become_longer() -> None:
+    def of(total: str) -> Config:
+        values = with_source(tokens="2K").model_dump(mode="json")
+        return Config.model_validate({**values, "schedule": {"total": total}})
+
+    (problem,) = resume_problems(of("100 steps"), of("200 steps"))
+    assert problem.path == "schedule.total" and "the budgets of data.train are shares of it" in problem.mend

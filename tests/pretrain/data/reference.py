@@ -6,8 +6,9 @@ checked by eye.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 MASK = 2**64 - 1
@@ -54,7 +55,7 @@ class Reference:
     ) -> None:
         self.sources, self.seed, self.lanes, self.window = list(sources), seed, lanes, window
         self.visits = shares(weights)
-        self.slots = round_robin(self.visits)
+        self.slots = round_robin(tuple(self.visits))
 
     def locate(self, number: int) -> tuple[int, int]:
         lane, turn = number % self.lanes, number // self.lanes
@@ -66,12 +67,16 @@ class Reference:
         periods, rest = divmod(turn, PERIOD)
         seen = [self.slots[(start + past) % PERIOD] for past in range(rest)]
         visit = periods * self.visits[source] + seen.count(source)
+        return source, self.visited(source, lane, visit)
+
+    def visited(self, source: int, lane: int, visit: int) -> int:
+        """The sample of a lane's visit."""
         samples = self.sources[source][0]
         if samples < self.lanes:  # lanes l, l + N, ... share a place and take different epochs in turn
             sharing = -(-self.lanes // samples)
-            return source, self.inside(source, visit * sharing + lane // samples, lane % samples, 0)
+            return self.inside(source, visit * sharing + lane // samples, lane % samples, 0)
         length = len(range(lane, samples, self.lanes))
-        return source, self.inside(source, visit // length, lane, visit % length)
+        return self.inside(source, visit // length, lane, visit % length)
 
     def inside(self, index: int, epoch: int, lane: int, m: int) -> int:
         """A lane's m-th sample of an epoch: walk its windows of chunks, then the tail."""
@@ -97,6 +102,37 @@ class Reference:
         return full * per_chunk + place - (full - taken) * per_chunk
 
 
+class Counting(Reference):
+    """A mixture whose shares change, walked from sample number 0 on with a counter a lane and source: nothing is calculated that
+    can be counted. stretches: first sample number of each, and the slots of each source."""
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[int, int]],
+        seed: int,
+        stretches: Sequence[tuple[int, Sequence[int]]],
+        lanes: int,
+        window: int,
+    ) -> None:
+        super().__init__(sources, seed, [1] * len(sources), lanes, window)
+        self.stretches = stretches
+        self.counts = [[0] * len(sources) for _ in range(lanes)]
+
+    def walk(self, numbers: int) -> Iterator[tuple[int, int]]:
+        """(source, sample) of each sample number below `numbers`."""
+        tables = [round_robin(tuple(slots)) for _, slots in self.stretches]
+        stretch, taken = 0, [0] * self.lanes  # turns of each lane since the stretch began
+        for number in range(numbers):
+            while stretch + 1 < len(self.stretches) and number >= self.stretches[stretch + 1][0]:
+                stretch, taken = stretch + 1, [0] * self.lanes
+            lane = number % self.lanes
+            start = (key(self.seed, lane, stretch) if stretch else key(self.seed, lane)) % PERIOD
+            source = tables[stretch][(start + taken[lane]) % PERIOD]
+            yield source, self.visited(source, lane, self.counts[lane][source])
+            taken[lane] += 1
+            self.counts[lane][source] += 1
+
+
 def shares(weights: Sequence[float]) -> list[int]:
     """Slots of each source in a period: largest remainder, the first of equals."""
     total = sum(map(Fraction, weights))
@@ -108,7 +144,8 @@ def shares(weights: Sequence[float]) -> list[int]:
     return slots
 
 
-def round_robin(visits: Sequence[int]) -> list[int]:
+@functools.cache
+def round_robin(visits: tuple[int, ...]) -> list[int]:
     """Smooth weighted round robin: at each slot all gain their weight, the richest is taken and pays the period."""
     credit, slots = [0] * len(visits), []
     for _ in range(PERIOD):
