@@ -8,14 +8,15 @@ strict.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple, cast
 
 from pretrain.data import compressed
 from pretrain.errors import UserError
@@ -74,6 +75,14 @@ class Skipped:
         if len(examples) < EXAMPLES:
             examples.append(name)
 
+    def merge(self, counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> None:
+        """Count what was skipped elsewhere, after what is counted here."""
+        for reason, count in counts.items():
+            self.add(examples[reason][0], reason)
+            self.counts[reason] += count - 1
+            known = self.examples[reason]
+            known += examples[reason][1 : 1 + EXAMPLES - len(known)] if known[-1] == examples[reason][0] else []
+
 
 @dataclass(frozen=True)
 class TextFile:
@@ -89,6 +98,17 @@ class TextFile:
     @property
     def is_json_lines(self) -> bool:
         return _bare_suffix(self.path) in JSON_SUFFIXES
+
+
+class Span(NamedTuple):
+    """A range of a file's bytes, `line` lines behind its beginning; end None: the whole file, whatever its compression."""
+
+    start: int
+    end: int | None
+    line: int
+
+
+WHOLE = Span(0, None, 0)
 
 
 def _bare_suffix(path: Path) -> str:
@@ -139,28 +159,63 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of the files, in order. split: one document a "file", or a paragraph ("blank-line") of text files;
     JSON lines files give one a line, from the object's `text_field`."""
+    yield from read_spans([(file, WHOLE) for file in files], split, text_field, skipped)
+
+
+def read_spans(
+    spans: Iterable[tuple[TextFile, Span]],
+    split: str = "file",
+    text_field: str = "text",
+    skipped: Skipped | None = None,
+) -> Iterator[Document]:
+    """Documents of ranges of files, each of which begins and ends between documents; else as `read_documents`."""
     if split not in SPLITS:
         raise UserError(f"Documents are split by {' or '.join(SPLITS)}, not by {split!r}.")
     skipped = Skipped() if skipped is None else skipped
-    for file in files:
+    for file, span in spans:
         try:
-            yield from _documents_of(file, split, text_field, skipped)
+            yield from _documents_of(file, span, split, text_field, skipped)
         except compressed.DAMAGED:
             skipped.add(file.name, "damaged compression")
         except OSError as error:
             skipped.add(file.name, f"cannot be read: {error.strerror}")
 
 
-def _documents_of(file: TextFile, split: str, text_field: str, skipped: Skipped) -> Iterator[Document]:
+def _documents_of(file: TextFile, span: Span, split: str, text_field: str, skipped: Skipped) -> Iterator[Document]:
     if not stat.S_ISREG(os.stat(file.path).st_mode):
         return skipped.add(file.name, "not a regular file")
-    with compressed.open_bytes(file.path) as stream:
+    with compressed.open_bytes(file.path) if span.end is None else _open_range(file.path, span) as stream:
         if file.is_json_lines:
-            yield from _json_lines(file.name, stream, text_field, skipped)
+            yield from _json_lines(file.name, stream, span.line, text_field, skipped)
         elif split == "file":
             yield from _checked(file.name, stream.read(MAX_DOCUMENT_BYTES + 1), skipped)
         else:
-            yield from _paragraphs(file.name, stream, skipped)
+            yield from _paragraphs(file.name, stream, span.line, skipped)
+
+
+def _open_range(path: Path, span: Span) -> IO[bytes]:
+    """The bytes of a span of an uncompressed file."""
+    return cast(IO[bytes], io.BufferedReader(_Range(path, span), 1 << 18))
+
+
+class _Range(io.RawIOBase):
+    def __init__(self, path: Path, span: Span) -> None:
+        assert span.end is not None
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._file.seek(span.start)
+        self._left = span.end - span.start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _checked(name: str, data: bytes, skipped: Skipped) -> Iterator[Document]:
@@ -183,10 +238,10 @@ def _checked(name: str, data: bytes, skipped: Skipped) -> Iterator[Document]:
     yield Document(name, text)
 
 
-def _paragraphs(name: str, stream: IO[bytes], skipped: Skipped) -> Iterator[Document]:
-    """Runs of lines between blank lines, without the last line's end. Named by their first line."""
+def _paragraphs(name: str, stream: IO[bytes], number: int, skipped: Skipped) -> Iterator[Document]:
+    """Runs of lines between blank lines, without the last line's end. Named by their first line; number: of lines before."""
     lines: list[bytes] = []
-    size, first, number = 0, 1, 0
+    size, first = 0, number + 1
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
         if line.strip():
@@ -207,8 +262,7 @@ def _paragraph(name: str, lines: list[bytes], size: int, skipped: Skipped) -> It
     yield from _checked(name, b"".join(lines).rstrip(b"\r\n"), skipped)
 
 
-def _json_lines(name: str, stream: IO[bytes], text_field: str, skipped: Skipped) -> Iterator[Document]:
-    number = 0
+def _json_lines(name: str, stream: IO[bytes], number: int, text_field: str, skipped: Skipped) -> Iterator[Document]:
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
         where = f"{name}:{number}"

@@ -41,14 +41,13 @@ class Encoded(NamedTuple):
 
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> Encoded:
     """Encode a batch, and decode it again to see whether the text comes back."""
-    parts, altered = [], []
-    for document in documents:
-        ids = tokenizer.encode(document.text)
-        if tokenizer.decode(ids) != document.text:
-            altered.append(document.name)
-        ids.append(tokenizer.eos)
-        parts.append(np.array(ids, dtype_of(tokenizer.vocab_size)))
-    return Encoded(np.concatenate(parts), [len(part) for part in parts], altered)
+    rows = [tokenizer.encode(document.text) for document in documents]
+    again = tokenizer.decode_many(rows)
+    altered = [document.name for document, text in zip(documents, again, strict=True) if text != document.text]
+    for row in rows:
+        row.append(tokenizer.eos)
+    dtype = dtype_of(tokenizer.vocab_size)
+    return Encoded(np.concatenate([np.array(row, dtype) for row in rows]), [len(row) for row in rows], altered)
 
 
 class Encoder:

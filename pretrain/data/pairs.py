@@ -18,8 +18,9 @@ import numpy as np
 from pretrain.data.documents import Document, Skipped, TextFile
 from pretrain.data.encode import Encoder
 from pretrain.data.folder import whole_folder
-from pretrain.data.prepare import CONTENTS, PARTS, Options, Report, check_split, finish, part_of, tokenizer_of
-from pretrain.data.progress import Progress
+from pretrain.data.prepare import CONTENTS, finish, tokenizer_of
+from pretrain.data.preparing.options import PARTS, Options, Report, check_split, part_of
+from pretrain.data.progress import Progress, total_of
 from pretrain.data.shards import ShardWriter, dtype_of
 from pretrain.errors import UserError
 from pretrain.tasks.pairs import Pair, read_aligned, read_pairs
@@ -126,7 +127,7 @@ def _write(
     rows = {name: Row(lengths, tokenizer.eos, dtype) for name in PARTS}
     encoder = Encoder(tokenizer, processes)
     try:
-        with Progress([TextFile(Path(file), str(file)) for file in files], say) as progress:
+        with Progress(total_of([TextFile(Path(file), str(file)) for file in files]), say) as progress:
             for pair, tokens in _encoded(encoder, _read(files), str(files[0]), report):
                 text = _whole(pair)
                 name = part_of(text, options)

@@ -12,7 +12,7 @@ import torch
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.data.manifest import Manifest
 from pretrain.data.pairs import TOO_LONG, Lengths, prepare_pairs
-from pretrain.data.prepare import Options, Report
+from pretrain.data.preparing.options import Options, Report
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.objectives.pairs import SequenceToSequence

@@ -13,7 +13,8 @@ import pytest
 import xxhash
 import zstandard
 
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.tokenization.foreign import load_tokenizer

@@ -1,0 +1,207 @@
+"""What is to be read, cut into pieces that are done one by one: by any process, in any order, on any machine.
+
+    WORK/pieces.jsonl     a line a piece: its spans, each a file or a range of one
+    WORK/pieces.starts    where each of these lines begins, int64
+    WORK/plan.json        counts, the options that decide the bytes, and what reads the files; written last
+
+Pieces depend on the files and their sizes alone. Small files come together in one piece; a large file of lines or of
+paragraphs is cut where one begins, and where so many lines have gone before that documents are named as in the whole file.
+Only the list of files is ever in memory, never their text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.data.documents import Span, TextFile
+from pretrain.data.preparing import cutting
+from pretrain.data.preparing.files import read_json, write_whole
+from pretrain.data.preparing.options import Options
+from pretrain.errors import UserError
+
+VERSION = 1
+PLAN, PIECES, STARTS = "plan.json", "pieces.jsonl", "pieces.starts"
+LEAST_BYTES, MOST_BYTES = 4 << 20, 64 << 20  # of a piece's text
+PIECES_AT_LEAST = 16  # of a corpus that has so many of the least size, for as many processes
+MOST_FILES = 4096  # of a piece
+GONE = (-1, 0)
+MEND = "Bring back what was there when the work began, or throw the work away with --restart."
+
+
+class Input(NamedTuple):
+    """A file as the plan knows it. size, time: bytes and nanoseconds of its last change; GONE if it was no plain file."""
+
+    name: str
+    path: str
+    size: int
+    time: int
+
+    @classmethod
+    def of(cls, file: TextFile) -> Input:
+        return cls(file.name, os.path.abspath(file.path), *state(file.path))
+
+    @property
+    def file(self) -> TextFile:
+        return TextFile(Path(self.path), self.name)
+
+
+class Piece(NamedTuple):
+    """What one process reads at a time."""
+
+    number: int
+    spans: tuple[tuple[Input, Span], ...]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        (first, span), more = self.spans[0], len(self.spans) - 1
+        place = "" if span.end is None else f", bytes {span.start:,} to {span.end:,}"
+        return f"piece {self.number} ({first.name}{place}{f' and {more:,} more' if more else ''})"
+
+    @property
+    def bytes(self) -> int | None:
+        """Of its text; None where compression or JSON around it hides how many."""
+        files = [one.file for one, _ in self.spans]
+        if any(file.is_compressed or file.is_json_lines for file in files):
+            return None
+        return sum(max(one.size, 0) if span.end is None else span.end - span.start for one, span in self.spans)
+
+    def check(self) -> None:
+        """Raises UserError if a file is no longer what the plan was made of."""
+        for planned, _ in self.spans:
+            if problem := difference(planned):
+                raise UserError(f"{problem} {MEND}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A work folder's plan. `options`: those that decide what is written; `bytes`: of the files, as they lie there."""
+
+    work: Path
+    pieces: int
+    files: int
+    bytes: int
+    options: dict[str, Any]
+
+    @classmethod
+    def open(cls, work: Path) -> Plan | None:
+        """That of the folder; None where none was finished."""
+        value = read_json(work / PLAN)
+        if value is None:
+            return None
+        if value.get("version") != VERSION:
+            raise UserError(
+                f"{work}: was begun by another version of this program. Go on with that one, or give --restart."
+            )
+        return cls(work, value["pieces"], value["files"], value["bytes"], value["options"])
+
+    def piece(self, number: int) -> Piece:
+        """The piece of a number from 0 on."""
+        with open(self.work / STARTS, "rb") as starts:
+            starts.seek(8 * number)
+            place = int.from_bytes(starts.read(8), "little")
+        with open(self.work / PIECES, "rb") as lines:
+            lines.seek(place)
+            return _parsed(number, lines.readline())
+
+    def __iter__(self) -> Iterator[Piece]:
+        with open(self.work / PIECES, "rb") as lines:
+            for number, line in enumerate(lines):
+                yield _parsed(number, line)
+
+
+def make(work: Path, files: Sequence[TextFile], options: Options, deciding: Mapping[str, Any]) -> Plan:
+    """Cut the files into pieces and write the plan. deciding: what a start that goes on must share."""
+    inputs = [Input.of(file) for file in files]
+    total = sum(max(one.size, 0) for one in inputs)
+    size = options.piece_bytes or min(max(total // PIECES_AT_LEAST, LEAST_BYTES), MOST_BYTES)
+    starts, place = bytearray(), 0
+    with write_whole(work / PIECES) as lines:
+        for spans in _pieces(inputs, size, options.split):
+            line = json.dumps([[*one, *span] for one, span in spans]).encode() + b"\n"
+            starts += place.to_bytes(8, "little")
+            place += lines.write(line)
+    with write_whole(work / STARTS) as file:
+        file.write(starts)
+    plan = Plan(work, len(starts) // 8, len(inputs), total, dict(deciding))
+    with write_whole(work / PLAN) as file:
+        value = {"version": VERSION, "pieces": plan.pieces, "files": plan.files, "bytes": total}
+        file.write(json.dumps({**value, "options": plan.options}, indent=1).encode())
+    return plan
+
+
+def check_same(plan: Plan, files: Sequence[TextFile], deciding: Mapping[str, Any]) -> None:
+    """Raises UserError with the first that differs, if the plan is of other options or of other files."""
+    end = "Start it as it was, or throw the unfinished work away with --restart."
+    for name in {**plan.options, **deciding}:
+        before, now = plan.options.get(name), deciding.get(name)
+        if before != now:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"The unfinished work in {plan.work.parent} was begun with {option} {before}, not {now}. {end}"
+            )
+    planned: Iterator[Input] = (one for piece in plan for one, span in piece.spans if span.start == 0)
+    for file in files:
+        before = next(planned, None)
+        if before is None or before.name != file.name or before.path != os.path.abspath(file.path):
+            what = "is new" if before is None else f"stands where {before.name} was"
+            raise UserError(
+                f"The texts are not those of the unfinished work in {plan.work.parent}: {file.name} {what}. {end}"
+            )
+        if problem := difference(before):
+            raise UserError(f"{problem} {MEND}")
+    if (left := next(planned, None)) is not None:
+        raise UserError(
+            f"The texts are not those of the unfinished work in {plan.work.parent}: {left.name} is missing. {end}"
+        )
+
+
+def state(path: str | Path) -> tuple[int, int]:
+    """(bytes, time of the last change in nanoseconds) of a plain file, else GONE."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return GONE
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else GONE
+
+
+def difference(planned: Input) -> str:
+    """In what a file is another than it was when the plan was made; empty if in nothing."""
+    now = state(planned.path)
+    if now == (planned.size, planned.time):
+        return ""
+    if now == GONE:
+        return f"{planned.name} is gone since the work began."
+    return f"{planned.name} has changed since the work began: {planned.size:,} bytes then, {now[0]:,} now."
+
+
+def mark(path: Path, digest: bytes) -> None:
+    """Let a digest of what a file holds stand as its time: standard input that is read again is the same file."""
+    time = int.from_bytes(digest[:7], "little")
+    os.utime(path, ns=(time, time))
+
+
+def _pieces(inputs: Iterable[Input], size: int, split: str) -> Iterator[list[tuple[Input, Span]]]:
+    spans: list[tuple[Input, Span]] = []
+    room = size
+    for one in inputs:
+        if spans and (one.size > room or len(spans) == MOST_FILES):
+            yield spans
+            spans, room = [], size
+        if one.size > size and cutting.is_cut(one.file, split):
+            yield from ([(one, span)] for span in cutting.cut(one.file, one.size, size, split))
+        else:
+            spans.append((one, Span(0, None, 0)))
+            room -= max(one.size, 0)
+    if spans:
+        yield spans
+
+
+def _parsed(number: int, line: bytes) -> Piece:
+    return Piece(number, tuple((Input(*row[:4]), Span(*row[4:])) for row in json.loads(line)))

@@ -1,0 +1,85 @@
+"""What a process needs to work on pieces: the plan, the tokenizer, and what a plan adds to these, each opened once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pretrain.data.preparing.files import read_json, write_json, write_whole
+from pretrain.data.preparing.options import Options
+from pretrain.data.preparing.plan import Plan
+from pretrain.data.shards import dtype_of
+from pretrain.tokenization.base import Tokenizer
+from pretrain.tokenization.foreign import FILES, open_tokenizer
+
+SAMPLE, ENCODE = "sample", "encode"
+TOKENIZER = "tokenizer.json.sha256"  # stands for a tokenizer that is whole, and says which file it is
+
+Beat = Callable[[int, int], None]  # (bytes of text, tokens) that were done since the last call: a sign of life
+
+
+class Job(NamedTuple):
+    """A piece in a stage, or a shard of a part."""
+
+    stage: str
+    number: int
+
+
+@dataclass
+class Tools:
+    """Of one process. `work` lies in the folder that becomes OUT."""
+
+    work: Path
+
+    @cached_property
+    def plan(self) -> Plan:
+        plan = Plan.open(self.work)
+        assert plan is not None, "there is work without a plan"
+        return plan
+
+    @cached_property
+    def options(self) -> Options:
+        known = {one.name for one in fields(Options)} - {"tokenizer"}
+        values = {name: value for name, value in self.plan.options.items() if name in known}
+        return Options(**{**values, "user_symbols": tuple(values["user_symbols"])})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        file = read_json(self.work / TOKENIZER)["file"]
+        assert file in FILES
+        return open_tokenizer(file, (self.work / file).read_bytes())
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        return dtype_of(self.tokenizer.vocab_size)
+
+    def result_path(self, job: Job) -> Path:
+        return self.work / job.stage / f"{job.number:06d}.json"
+
+    def is_done(self, job: Job) -> bool:
+        """A result is written last, so that it stands for all that its job wrote."""
+        return self.result_path(job).exists()
+
+    def result(self, job: Job) -> Any:
+        """What a job that is done told; None of one that is not."""
+        return read_json(self.result_path(job))
+
+    def finish(self, job: Job, result: Any) -> None:
+        """Tell it: the job is done."""
+        write_json(self.result_path(job), result)
+
+
+def has_tokenizer(work: Path) -> bool:
+    return (work / TOKENIZER).exists()
+
+
+def keep_tokenizer(work: Path, tokenizer: Tokenizer) -> None:
+    """Put it into the work folder."""
+    with write_whole(work / tokenizer.file) as file:
+        file.write(tokenizer.content)
+    write_json(work / TOKENIZER, {"file": tokenizer.file, "sha256": tokenizer.sha256})
