@@ -167,7 +167,7 @@ def _drafted(
         except BaseException as error:
             if isinstance(error, NoDocuments) or (isinstance(error, Exception) and not _num_done(tools)):
                 shutil.rmtree(draft)
-            elif draft.exists():
+            elif draft.exists() and not isinstance(error, plan.Changed):
                 say(f"What is done is kept beside {out}: the same command goes on with it, --restart throws it away.")
             raise
 

@@ -34,6 +34,10 @@ GONE = (-1, 0)
 MEND = "Bring back what was there when the work began, or throw the work away with --restart."
 
 
+class Changed(UserError):
+    """Files or options are not those of the plan."""
+
+
 class Input(NamedTuple):
     """A file as the plan knows it. size, time: bytes and nanoseconds of its last change; GONE if it was no plain file."""
 
@@ -73,10 +77,10 @@ class Piece(NamedTuple):
         return sum(max(one.size, 0) if span.end is None else span.end - span.start for one, span in self.spans)
 
     def check(self) -> None:
-        """Raises UserError if a file is no longer what the plan was made of."""
+        """Raises Changed if a file is no longer what the plan was made of."""
         for planned, _ in self.spans:
             if problem := difference(planned):
-                raise UserError(f"{problem} {MEND}")
+                raise Changed(f"{problem} {MEND}")
 
 
 @dataclass(frozen=True)
@@ -137,29 +141,29 @@ def make(work: Path, files: Sequence[TextFile], options: Options, deciding: Mapp
 
 
 def check_same(plan: Plan, files: Sequence[TextFile], deciding: Mapping[str, Any]) -> None:
-    """Raises UserError with the first that differs, if the plan is of other options or of other files."""
-    end = "Start it as it was, or throw the unfinished work away with --restart."
+    """Raises Changed with the first that differs, if the plan is of other options or of other files."""
+
+    def differ(what: str) -> Changed:
+        end = "Start it as it was, or throw the unfinished work away with --restart."
+        return Changed(f"The unfinished work in {plan.work.parent} was begun with other {what}. {end}")
+
     for name in {**plan.options, **deciding}:
-        before, now = plan.options.get(name), deciding.get(name)
+        before, now = (_told(options.get(name)) for options in (plan.options, deciding))
         if before != now:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"The unfinished work in {plan.work.parent} was begun with {option} {before}, not {now}. {end}"
-            )
-    planned: Iterator[Input] = (one for piece in plan for one, span in piece.spans if span.start == 0)
+            raise differ(f"options: --{name.replace('_', '-')} was {before}, and is {now}")
+    planned = (one for piece in plan for one, span in piece.spans if span.start == 0)
     for file in files:
-        before = next(planned, None)
-        if before is None or before.name != file.name or before.path != os.path.abspath(file.path):
-            what = "is new" if before is None else f"stands where {before.name} was"
-            raise UserError(
-                f"The texts are not those of the unfinished work in {plan.work.parent}: {file.name} {what}. {end}"
-            )
-        if problem := difference(before):
-            raise UserError(f"{problem} {MEND}")
+        known = next(planned, None)
+        if known is None or (known.name, known.path) != (file.name, os.path.abspath(file.path)):
+            raise differ(f"texts: {file.name} {'is new' if known is None else f'stands where {known.name} stood'}")
+        if problem := difference(known):
+            raise Changed(f"{problem} {MEND}")
     if (left := next(planned, None)) is not None:
-        raise UserError(
-            f"The texts are not those of the unfinished work in {plan.work.parent}: {left.name} is missing. {end}"
-        )
+        raise differ(f"texts: {left.name} is missing")
+
+
+def _told(value: Any) -> str:
+    return "the default" if value is None else str(value)
 
 
 def state(path: str | Path) -> tuple[int, int]:
