@@ -165,6 +165,15 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
     command.add_argument(
+        "--packing",
+        choices=("concat", "fit", "sentences"),
+        help="documents one behind the other, cut anywhere (concat, the default), whole in rows by best fit (fit), or a row "
+        "of whole sentences of one document (sentences, for BERT)",
+    )
+    command.add_argument(
+        "--seq-length", type=int, metavar="T", help="with --packing fit or sentences: tokens of a row, data.seq_length"
+    )
+    command.add_argument(
         "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
     )
     command.add_argument(

@@ -25,6 +25,7 @@ from pretrain.data import manifest as manifests
 from pretrain.data.documents import Skipped, TextFile, read_documents, stdlib_corpus, text_files
 from pretrain.data.encode import Encoder
 from pretrain.data.folder import whole_folder
+from pretrain.data.packing import LEAST, Packing, packer_of, sentence_ends
 from pretrain.data.progress import Progress, print_report
 from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
 from pretrain.errors import UserError
@@ -36,6 +37,7 @@ VOCAB_SIZE = 8192
 VALIDATION = 0.01
 MAX_TRAIN_BYTES = 32 << 20
 PARTS = ("train", "validation")
+CONCATENATED = Packing()
 CONTENTS = (*PARTS, "stdin", "report.json")
 
 
@@ -46,6 +48,7 @@ class Part:
     documents: int = 0
     tokens: int = 0  # document ends included
     text_bytes: int = 0
+    padding: int = 0  # of the tokens, what is filler in rows
 
     def add(self, tokens: int, text_bytes: int) -> None:
         """Count one document."""
@@ -83,6 +86,8 @@ class Options:
     validation: float | None = None  # share of the documents
     split: str = "file"
     text_field: str = "text"
+    packing: str = "concat"  # or fit, sentences: rows of seq_length tokens, see `pretrain.data.packing`
+    seq_length: int | None = None
     tokens_per_chunk: int | None = None
     chunks_per_shard: int = CHUNKS_PER_SHARD
     strict: bool = False
@@ -102,8 +107,35 @@ class Options:
             )
         if self.chunks_per_shard < 1:
             wrong.append("a shard must hold at least one chunk")
+        wrong += self._wrong_packing()
         if wrong:
             raise UserError("\n".join(wrong))
+
+    def _wrong_packing(self) -> Iterator[str]:
+        if self.packing == "concat":
+            if self.seq_length is not None:
+                yield "--seq-length has no effect without --packing fit or sentences: leave it out, or give either"
+            return
+        if self.packing not in LEAST or self.seq_length is None:
+            yield f"--packing {self.packing} needs --seq-length, the tokens of a row, and is concat, fit or sentences"
+        elif not LEAST[self.packing] <= self.seq_length <= manifests.MAX_TOKENS_PER_CHUNK:
+            most = f"{manifests.MAX_TOKENS_PER_CHUNK:,}"
+            yield f"--seq-length must be {LEAST[self.packing]} to {most} with --packing {self.packing}, not {self.seq_length}"
+        elif wrong := wrong_chunk(self.tokens_per_chunk, self.seq_length):
+            yield wrong
+
+    @property
+    def rows(self) -> Packing:
+        """The packing of text, with its length."""
+        return Packing(self.packing, () if self.seq_length is None else (self.seq_length,))
+
+
+def wrong_chunk(tokens_per_chunk: int | None, row: int) -> str:
+    """What is wrong with chunks of rows of `row` tokens; "" for nothing."""
+    if not tokens_per_chunk or tokens_per_chunk % row == 0:
+        return ""
+    nearest = max(row, tokens_per_chunk // row * row)
+    return f"--tokens-per-chunk must be a multiple of a row's {row:,} tokens, such as {nearest:,}, not {tokens_per_chunk:,}"
 
 
 def main(args: Any) -> None:
@@ -127,6 +159,8 @@ def _prepared(args: Any, options: Options) -> Report:
         return prepare(args.texts or [], args.out, options, args.stdlib, args.processes)
     from pretrain.data.pairs import SOURCE_LENGTH, TARGET_LENGTH, Lengths, prepare_pairs
 
+    if (options.packing, options.seq_length) != ("concat", None):
+        raise UserError("--packing and --seq-length are of text; --pairs has --source-length and --target-length.")
     if args.stdlib:
         raise UserError("--stdlib is text, not pairs: leave it out, or --pairs.")
     sides = Lengths(lengths[0] or SOURCE_LENGTH, lengths[1] or TARGET_LENGTH)
@@ -248,10 +282,13 @@ def _write(
     report = Report(tokenizer.vocab_size, tokenizer.sha256)
     skipped = Skipped(options.strict, report.skipped, report.examples)
     documents = read_documents(files, options.split, options.text_field, skipped)
-    dtype = dtype_of(tokenizer.vocab_size)
+    dtype, packing = dtype_of(tokenizer.vocab_size), options.rows
     writers = {
-        name: ShardWriter(draft / name, dtype, options.tokens_per_chunk, options.chunks_per_shard) for name in PARTS
+        name: ShardWriter(draft / name, dtype, options.tokens_per_chunk, options.chunks_per_shard, packing.row)
+        for name in PARTS
     }
+    ends = sentence_ends(tokenizer) if packing.kind == "sentences" else None
+    packers = {name: packer_of(packing, dtype, tokenizer.eos, ends) for name in PARTS}
     encoder = Encoder(tokenizer, processes)
     try:
         with Progress(files, say) as progress:
@@ -260,15 +297,27 @@ def _write(
                 for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
                     data = document.text.encode()
                     name = part_of(data, options)
-                    writers[name].add(encoded.tokens[start : start + length])
+                    for rows in packers[name].add(encoded.tokens[start : start + length]):
+                        writers[name].add(rows)
                     report.parts[name].add(length, len(data))
                     progress.add(length, len(data))
                 report.add_altered(encoded.altered)
     finally:
         encoder.close()
     check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)
-    finish(draft, report, tokenizer, writers)
+    for name, part in report.parts.items():
+        for rows in packers[name].finish():
+            writers[name].add(rows)
+        if part.documents and packing.row > 1:
+            end_rows(writers[name], tokenizer.eos, part, packers[name].padding)
+    finish(draft, report, tokenizer, writers, packing)
     return report
+
+
+def end_rows(writer: ShardWriter, eos: int, part: Part, padding: int) -> None:
+    """One end more, for a chunk has a look-ahead, which the last row needs as the others; and what was written counts."""
+    writer.add(np.array([eos], writer.dtype))
+    part.tokens, part.padding = writer.tokens, padding + 1
 
 
 def finish(
@@ -276,12 +325,12 @@ def finish(
     report: Report,
     tokenizer: Tokenizer,
     writers: dict[str, ShardWriter],
-    pairs: tuple[int, int] | None = None,
+    packing: Packing = CONCATENATED,
 ) -> None:
-    """Write the manifests, once everything is written that they speak of. pairs: lengths of a row's sides."""
+    """Write the manifests, once everything is written that they speak of."""
     for name, writer in writers.items():
         if report.parts[name].documents:
-            _finish_part(draft / name, report.parts[name], tokenizer, writer, pairs)
+            _finish_part(draft / name, report.parts[name], tokenizer, writer, packing)
         else:
             (draft / name).rmdir()
     (draft / "stdin").unlink(missing_ok=True)
@@ -289,7 +338,7 @@ def finish(
 
 
 def _finish_part(
-    folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter, pairs: tuple[int, int] | None = None
+    folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter, packing: Packing = CONCATENATED
 ) -> None:
     shards = writer.finish()
     (folder / tokenizer.file).write_bytes(tokenizer.content)
@@ -306,7 +355,8 @@ def _finish_part(
         tokens=part.tokens,
         text_bytes=part.text_bytes,
         shards=(),
-        pairs=pairs,
+        packing=packing,
+        padding=part.padding,
     )
     first, entries = 0, []
     for shard in shards:
