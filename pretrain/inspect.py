@@ -53,6 +53,8 @@ def _data(path: Path, args: Namespace, console: Console) -> int:
 def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "documents", f"{manifest.documents:,}"
     yield "tokens", f"{manifest.tokens:,} ({manifest.dtype.name})"
+    filler = f", {manifest.padding / manifest.tokens:.2%} of them filler" if manifest.packing.row > 1 else ""
+    yield "packing", f"{manifest.packing}{filler}"
     yield "bytes of text", f"{manifest.text_bytes:,} ({manifest.text_bytes / manifest.tokens:.2f} per token)"
     yield "vocabulary", f"{manifest.vocab_size:,}"
     yield "special ids", ", ".join(f"{name} {index}" for name, index in manifest.special.items())

@@ -85,6 +85,8 @@ def _pairs(args: argparse.Namespace, options: Options) -> Report:
     from pretrain.data.pairs import SOURCE_LENGTH, TARGET_LENGTH, Lengths, prepare_pairs
     from pretrain.data.prepare import processes_of
 
+    if (options.packing, options.seq_length) != ("concat", None):
+        raise UserError("--packing and --seq-length are of text; --pairs has --source-length and --target-length.")
     if args.stdlib:
         raise UserError("--stdlib is text, not pairs: leave it out, or --pairs.")
     sides = Lengths(args.source_length or SOURCE_LENGTH, args.target_length or TARGET_LENGTH)
@@ -136,6 +138,15 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
         "--split", choices=("file", "blank-line"), help="what a document is in text files (default: file)"
     )
     command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
+    command.add_argument(
+        "--packing",
+        choices=("concat", "fit", "sentences"),
+        help="documents one behind the other, cut anywhere (concat, the default), whole in rows by best fit (fit), or a row "
+        "of whole sentences of one document (sentences, for BERT)",
+    )
+    command.add_argument(
+        "--seq-length", type=int, metavar="T", help="with --packing fit or sentences: tokens of a row, data.seq_length"
+    )
     command.add_argument(
         "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
     )

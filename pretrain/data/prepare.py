@@ -23,13 +23,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from pretrain.config.folder import LAUNCH, LOGS, PLAN, draft_of
 from pretrain.data import manifest as manifests
 from pretrain.data.documents import Skipped, TextFile, stdlib_corpus, text_files
 from pretrain.data.folder import lasting_folder, publish
+from pretrain.data.packing import Packing
 from pretrain.data.preparing import merge, plan, sampling, stages
 from pretrain.data.preparing.files import read_json, write_whole
-from pretrain.data.preparing.options import PARTS, NoDocuments, Options, Report, check_split, part_of
+from pretrain.data.preparing.options import PARTS, NoDocuments, Options, Part, Report, check_split, part_of
 from pretrain.data.preparing.pool import TIMEOUT
 from pretrain.data.preparing.stages import Stages
 from pretrain.data.preparing.tools import ENCODE, Job, Tools, has_tokenizer, keep_tokenizer
@@ -274,18 +277,20 @@ def tokenizer_of(
     return sampling.train_on(sample(texts(), options.max_train_bytes, options.seed), options, say)
 
 
+def end_rows(writer: ShardWriter, eos: int, part: Part, padding: int) -> None:
+    """One end more, for a chunk has a look-ahead, which the last row needs as the others; and what was written counts."""
+    writer.add(np.array([eos], writer.dtype))
+    part.tokens, part.padding = writer.tokens, padding + 1
+
+
 def finish(
-    draft: Path,
-    report: Report,
-    tokenizer: Tokenizer,
-    writers: dict[str, ShardWriter],
-    pairs: tuple[int, int] | None = None,
+    draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter], packing: Packing
 ) -> None:
-    """Write the manifests, once everything is written that they speak of. pairs: lengths of a row's sides."""
+    """Write the manifests, once everything is written that they speak of."""
     for name, writer in writers.items():
         if report.parts[name].documents:
             entries = [Entry(**entry) for entry in writer.finish()]
-            merge.write_manifest(draft / name, report.parts[name], tokenizer, entries, writer.tokens_per_chunk, pairs)
+            merge.write_manifest(draft / name, report.parts[name], tokenizer, entries, writer.tokens_per_chunk, packing)
         else:
             shutil.rmtree(draft / name)
     (draft / merge.REPORT).write_bytes(manifests.canonical(report.as_json()))

@@ -73,6 +73,9 @@ def print_report(report: Report, out: str | Path) -> None:
             ratio = f"{part.text_bytes / part.tokens:.2f}"
             table.add_row(name, f"{part.documents:,}", f"{part.tokens:,}", f"{part.text_bytes:,}", ratio)
     console.print(table)
+    for name, part in report.parts.items():
+        if part.padding:
+            console.print(f"Of {name}'s rows {part.padding / part.tokens:.2%} is filler.")
     console.print(f"Vocabulary {report.vocab_size:,}. Skipped: {sum(report.skipped.values()):,}.")
     for reason, count in sorted(report.skipped.items()):
         console.print(f"  {count:,} {reason}, such as {_printable(report.examples[reason][0])}")

@@ -33,6 +33,7 @@ def encode_piece(tools: Tools, number: int, beat: Beat) -> None:
     report = Report(tokenizer.vocab_size, tokenizer.sha256)
     skipped = Skipped(counts=report.skipped, examples=report.examples)
     spans = [(one.file, span) for one, span in piece.spans]
+    packers = {part: tools.packer() for part in PARTS}
     with ExitStack() as files:
         outs: dict[str, IO[bytes]] = {
             part: files.enter_context(write_whole(tokens_path(tools.work, number, part))) for part in PARTS
@@ -44,9 +45,17 @@ def encode_piece(tools: Tools, number: int, beat: Beat) -> None:
             for document, tokens in zip(batch, np.split(encoded.tokens, np.cumsum(encoded.lengths[:-1])), strict=True):
                 data = document.text.encode()
                 part = part_of(data, options)
-                outs[part].write(tokens.data)
-                report.parts[part].add(len(tokens), len(data))
+                for rows in packers[part].add(tokens):
+                    outs[part].write(rows.data)
+                    report.parts[part].tokens += len(rows)
+                report.parts[part].documents += 1
+                report.parts[part].text_bytes += len(data)
                 size += len(data)
             beat(size, len(encoded.tokens))
+        for part, packer in packers.items():
+            for rows in packer.finish():
+                outs[part].write(rows.data)
+                report.parts[part].tokens += len(rows)
+            report.parts[part].padding = packer.padding
         piece.check()
     tools.finish(Job(ENCODE, number), asdict(report))

@@ -17,6 +17,7 @@ import numpy as np
 from pretrain.data import manifest as manifests
 from pretrain.data.documents import Skipped
 from pretrain.data.manifest import Manifest
+from pretrain.data.packing import Packing
 from pretrain.data.preparing.encoding import tokens_path
 from pretrain.data.preparing.files import read_json, write_json, write_whole
 from pretrain.data.preparing.options import PARTS, Part, Report, check_split
@@ -36,17 +37,17 @@ class Lengths:
 
 
 class Joined:
-    """The tokens of all pieces' files of a part, one after the other."""
+    """The tokens of all pieces' files of a part, one after the other, and document ends behind them."""
 
-    def __init__(self, work: Path, part: str, dtype: np.dtype[Any]) -> None:
-        self.work, self.part, self.dtype = work, part, dtype
+    def __init__(self, work: Path, part: str, dtype: np.dtype[Any], eos: int) -> None:
+        self.work, self.part, self.dtype, self.eos = work, part, dtype, eos
         self.starts = np.fromfile(work / f"{part}.starts", "<i8")
 
     def read(self, start: int, count: int) -> np.ndarray[Any, Any]:
         """`count` tokens from `start` on."""
-        found = np.empty(count, self.dtype)
+        found = np.full(count, self.eos, self.dtype)
         done, piece = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
-        while done < count:
+        while done < count and piece < len(self.starts) - 1:
             inside = start + done - int(self.starts[piece])
             length = min(int(self.starts[piece + 1]) - int(self.starts[piece]) - inside, count - done)
             if length > 0:
@@ -70,7 +71,7 @@ def write_shard_of(tools: Tools, part: str, number: int, beat: Beat) -> None:
     """Write one shard of a part."""
     layout = read_json(tools.work / LAYOUT)[part]
     source = Lengths(layout["tokens"], layout["tokens_per_chunk"], tools.dtype)
-    joined = Joined(tools.work, part, tools.dtype)
+    joined = Joined(tools.work, part, tools.dtype, tools.tokenizer.eos)
 
     def read(start: int, count: int) -> np.ndarray[Any, Any]:
         tokens = joined.read(start, count)
@@ -93,7 +94,8 @@ def merge(tools: Tools, strict: bool, run: Callable[[str], None]) -> Report:
         if report.parts[part].documents:
             layout = read_json(tools.work / LAYOUT)[part]
             entries = [Entry(**tools.result(Job(part, number))) for number in range(layout["shards"])]
-            write_manifest(out / part, report.parts[part], tools.tokenizer, entries, layout["tokens_per_chunk"])
+            size, packing = layout["tokens_per_chunk"], tools.options.rows
+            write_manifest(out / part, report.parts[part], tools.tokenizer, entries, size, packing)
     clear(out)
     with write_whole(out / REPORT) as file:  # last: it stands for all the rest
         file.write(manifests.canonical(report.as_json()))
@@ -112,9 +114,13 @@ def _count(tools: Tools, strict: bool) -> Report:
     skipped.merge(report.skipped, report.examples)
     check_split({part: report.parts[part].documents for part in PARTS}, skipped, tools.options)
     layout = {}
+    row = tools.options.rows.row
     for part in PARTS:
+        if row > 1 and report.parts[part].documents:  # a chunk has a look-ahead, which the last row needs as the others
+            report.parts[part].tokens += 1
+            report.parts[part].padding += 1
         tokens = report.parts[part].tokens
-        size = tools.options.tokens_per_chunk or chunk_size(tokens)
+        size = tools.options.tokens_per_chunk or chunk_size(tokens, row)
         lengths = Lengths(tokens, size, tools.dtype)
         shards = num_shards(lengths, tools.options.chunks_per_shard)
         layout[part] = {"tokens": tokens, "tokens_per_chunk": size, "shards": shards}
@@ -130,9 +136,9 @@ def write_manifest(
     tokenizer: Tokenizer,
     entries: list[Entry],
     tokens_per_chunk: int,
-    pairs: tuple[int, int] | None = None,
+    packing: Packing,
 ) -> None:
-    """The manifest of a part whose shards are written, and its tokenizer. pairs: lengths of a row's sides."""
+    """The manifest of a part whose shards are written, and its tokenizer."""
     with write_whole(folder / tokenizer.file) as file:
         file.write(tokenizer.content)
     manifest = Manifest(
@@ -148,7 +154,8 @@ def write_manifest(
         tokens=part.tokens,
         text_bytes=part.text_bytes,
         shards=(),
-        pairs=pairs,
+        packing=packing,
+        padding=part.padding,
     )
     first, shards = 0, []
     for entry in entries:

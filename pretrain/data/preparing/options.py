@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import xxhash
 
 from pretrain.data import manifest as manifests
 from pretrain.data.documents import EXAMPLES, SPLITS, Skipped
+from pretrain.data.packing import LEAST, Packing
 from pretrain.data.shards import CHUNKS_PER_SHARD
 from pretrain.errors import UserError
 
@@ -32,6 +33,8 @@ class Options:
     validation: float | None = None  # share of the documents
     split: str = "file"
     text_field: str = "text"
+    packing: str = "concat"  # or fit, sentences: rows of seq_length tokens, see `pretrain.data.packing`
+    seq_length: int | None = None
     tokens_per_chunk: int | None = None
     chunks_per_shard: int = CHUNKS_PER_SHARD
     strict: bool = False
@@ -56,13 +59,40 @@ class Options:
             wrong.append(f"documents are split by {' or '.join(SPLITS)}, not by {self.split!r}")
         if self.piece_bytes is not None and self.piece_bytes < 1:
             wrong.append(f"--piece-bytes must be at least 1, not {self.piece_bytes}")
+        wrong += self._wrong_packing()
         if wrong:
             raise UserError("\n".join(wrong))
+
+    def _wrong_packing(self) -> Iterator[str]:
+        if self.packing == "concat":
+            if self.seq_length is not None:
+                yield "--seq-length has no effect without --packing fit or sentences: leave it out, or give either"
+            return
+        if self.packing not in LEAST or self.seq_length is None:
+            yield f"--packing {self.packing} needs --seq-length, the tokens of a row, and is concat, fit or sentences"
+        elif not LEAST[self.packing] <= self.seq_length <= manifests.MAX_TOKENS_PER_CHUNK:
+            most = f"{manifests.MAX_TOKENS_PER_CHUNK:,}"
+            yield f"--seq-length must be {LEAST[self.packing]} to {most} with --packing {self.packing}, not {self.seq_length}"
+        elif wrong := wrong_chunk(self.tokens_per_chunk, self.seq_length):
+            yield wrong
+
+    @property
+    def rows(self) -> Packing:
+        """The packing of text, with its length."""
+        return Packing(self.packing, () if self.seq_length is None else (self.seq_length,))
 
     def deciding(self) -> dict[str, Any]:
         """As JSON has them, those that a work that goes on must share."""
         values = {**asdict(self), "user_symbols": list(self.user_symbols)}
         return {name: value for name, value in values.items() if name not in UNDECIDING}
+
+
+def wrong_chunk(tokens_per_chunk: int | None, row: int) -> str:
+    """What is wrong with chunks of rows of `row` tokens; "" for nothing."""
+    if not tokens_per_chunk or tokens_per_chunk % row == 0:
+        return ""
+    nearest = max(row, tokens_per_chunk // row * row)
+    return f"--tokens-per-chunk must be a multiple of a row's {row:,} tokens, such as {nearest:,}, not {tokens_per_chunk:,}"
 
 
 @dataclass
@@ -72,12 +102,7 @@ class Part:
     documents: int = 0
     tokens: int = 0  # document ends included
     text_bytes: int = 0
-
-    def add(self, tokens: int, text_bytes: int) -> None:
-        """Count one document."""
-        self.documents += 1
-        self.tokens += tokens
-        self.text_bytes += text_bytes
+    padding: int = 0  # of the tokens, what is filler in rows
 
 
 @dataclass
@@ -113,6 +138,7 @@ class Report:
             whole.documents += part["documents"]
             whole.tokens += part["tokens"]
             whole.text_bytes += part["text_bytes"]
+            whole.padding += part["padding"]
         for reason, count in piece["skipped"].items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
             examples = self.examples.setdefault(reason, [])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data.packing import Packer, packer_of, sentence_ends
 from pretrain.data.preparing.files import read_json, write_json, write_whole
 from pretrain.data.preparing.options import Options
 from pretrain.data.preparing.plan import Plan
@@ -57,6 +58,16 @@ class Tools:
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         return dtype_of(self.tokenizer.vocab_size)
+
+    @cached_property
+    def _sentence_ends(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return sentence_ends(self.tokenizer)
+
+    def packer(self) -> Packer:
+        """A new one, for a piece and part."""
+        packing = self.options.rows
+        ends = self._sentence_ends if packing.kind == "sentences" else None
+        return packer_of(packing, self.dtype, self.tokenizer.eos, ends)
 
     def result_path(self, job: Job) -> Path:
         return self.work / job.stage / f"{job.number:06d}.json"
