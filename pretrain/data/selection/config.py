@@ -65,7 +65,7 @@ class Language(Section):
 
     keep: list[str] = meaning(..., "codes of the languages wanted (ISO 639-1), such as [en, de]")
     least: float = meaning(0.65, "probability of that language at least (Penedo et al. 2024: 0.65)", ge=0, le=1)
-    characters: int = meaning(4096, "of a document's beginning that are looked at", ge=64)
+    characters: int = meaning(2048, "of a document's beginning that are looked at", ge=64)
 
     def problems(self) -> Iterator[Problem]:
         if not self.keep:

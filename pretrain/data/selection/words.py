@@ -127,6 +127,13 @@ class Texts:
         starts = np.flatnonzero(self.kinds & INNER)
         return self._made(starts, starts + 1)
 
+    @functools.cached_property
+    def lines(self) -> tuple[Integers, Integers]:
+        """First word of each line that has one, and which line of all that is."""
+        line = np.searchsorted(np.flatnonzero(self.points == NEWLINE), self.words.starts)
+        first = np.flatnonzero(np.diff(line, prepend=-1))
+        return first, line[first]
+
     def _runs(self, inside: Array) -> WordRuns:
         edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
         return self._made(edges[::2], edges[1::2])
