@@ -38,7 +38,7 @@ def groups(config: C4) -> tuple[Group, Group]:
         (Rule("lines that are left", least=1, scale=COUNTS), _num_lines),
         (Rule("sentences that are left", config.min_sentences, scale=LEFT), num_sentences),
     ]
-    return group_of(pages), group_of(left, _line_filter(config))
+    return group_of(pages, "C4"), group_of(left, "C4", _line_filter(config))
 
 
 def _count(phrase: str) -> Measure:

@@ -5,9 +5,9 @@ in, the same documents are the same clusters, and a cluster's first document, th
 
   exact   hashes are sorted (`sorting.py`); of equal ones the first is kept
   near    of those that are left and no rule drops, each band's keys are sorted. Documents with the same key are compared by
-          their whole signatures with the first of them; those that are no copies of it with the first of these, and so on, LEADERS
-          times: a band that a million documents share by chance costs no million squared. Documents that are copies become one
-          cluster, by union of trees whose root is the smallest number.
+          their whole signatures with the first of them; those that are no copies of it with the first of these, and so on,
+          LEADERS times: a band that a million documents share by chance costs no million squared. Documents that are copies
+          become one cluster, by union of trees whose root is the smallest number.
 
 One array of 8 bytes a document, in a file that is mapped, holds the trees; the rest is read and written in blocks. In a band,
 what earlier bands have joined is not compared again; what it finds itself is joined at its end. So neither memory nor
@@ -67,7 +67,9 @@ def cluster(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        corpus = Corpus({number: SignatureFile(pieces[number], fingerprint) for number in sorted(pieces)}, scratch, memory)
+        corpus = Corpus(
+            {number: SignatureFile(pieces[number], fingerprint) for number in sorted(pieces)}, scratch, memory
+        )
         exact = _join_exact(corpus) if config.exact is not None else 0
         if config.near is not None:
             for band in range(config.near.bands):
@@ -184,11 +186,11 @@ def _join_band(corpus: Corpus, band: int, threshold: float) -> None:
             sorter.add(np.column_stack([keys[taking_part], (place + taking_part).astype(np.uint64)]))
             place += len(keys)
     pairs = corpus.scratch / "pairs"
-    with open(pairs, "wb") as file:
+    with open(pairs, "wb") as stream:
         leaders = np.zeros((0, 2), np.uint64)
         for block in sorter.blocks():
             found, leaders = _copies(corpus, np.concatenate([leaders, block]), threshold)
-            found.tofile(file)
+            found.tofile(stream)
     size = max(corpus.memory // 128, 1024)
     for first in range(0, pairs.stat().st_size // 16, size):
         found = np.fromfile(pairs, np.int64, 2 * size, offset=16 * first).reshape(-1, 2)
@@ -257,7 +259,7 @@ def _fates(corpus: Corpus, sizes: Array, base: int, file: SignatureFile) -> Iter
         fates = np.zeros(len(hashes), Fates.DTYPE)
         fates["reason"], fates["value"], fates["mark"] = corpus.reasons[here], values, marks
         fates["piece"], fates["place"] = np.array(list(corpus.files))[piece], roots - corpus.bases[piece]
-        fates["size"] = sizes[roots]
+        fates["size"] = np.where(roots == np.arange(here.start, here.stop), sizes[roots], 1)
         yield Fates(fates)
         place += len(hashes)
 

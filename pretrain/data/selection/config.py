@@ -31,7 +31,9 @@ class Near(Section):
     3.4)."""
 
     threshold: float = meaning(0.75, "estimated Jaccard similarity from which two are copies", gt=0, le=1)
-    permutations: int = meaning(128, "values of a signature; the estimate's error is about 0.5 / their root", ge=16, le=1024)
+    permutations: int = meaning(
+        128, "values of a signature; the estimate's error is about 0.5 / their root", ge=16, le=1024
+    )
     bands: int = meaning(16, "of permutations / bands values each: two that agree in a whole band are compared", ge=1)
     shingle: Literal["words", "characters"] = meaning(
         "words", "words (runs of letters and digits), or characters, for languages without spaces"
@@ -173,7 +175,9 @@ class SelectionConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         if not any(getattr(self, name) is not None for name in type(self).model_fields if name not in PLAIN):
-            yield Problem("exact", "nothing is selected: each section is left out", "give at least one, such as exact: {}")
+            yield Problem(
+                "exact", "nothing is selected: each section is left out", "give at least one, such as exact: {}"
+            )
 
     @property
     def files(self) -> list[Path]:

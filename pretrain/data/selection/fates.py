@@ -17,7 +17,8 @@ from pretrain.errors import UserError
 class Fates:
     """Of documents in their order. Rows of DTYPE: reason (`reasons.py`), the value that its rule measured, the cluster as the
     piece and place of its first document, that one's exact hash (`mark`: a part of the split is chosen by it, so that copies
-    stay together), and how many documents the cluster has."""
+    stay together), and how
+    many documents the cluster has, 1 for all but its first."""
 
     DTYPE: ClassVar = np.dtype(
         [

@@ -10,7 +10,9 @@ from pretrain.data.selection.config import GopherQuality, Length
 from pretrain.data.selection.rules import COUNTS, SHARES, Array, Group, Rule, Scale, group_of, over
 from pretrain.data.selection.words import LETTER, Texts, WordRuns
 
-BULLETS = np.array([ord(sign) for sign in "-*\u2022\u2023\u2043\u25a0\u25a1\u25aa\u25ab\u25b6\u25c0\u25cb\u25cf\u25e6\u2013"])
+BULLETS = np.array(
+    [ord(sign) for sign in "-*\u2022\u2023\u2043\u25a0\u25a1\u25aa\u25ab\u25b6\u25c0\u25cb\u25cf\u25e6\u2013"]
+)
 DOT, ELLIPSIS = ord("."), ord("\u2026")
 
 
@@ -42,7 +44,8 @@ def gopher_group(config: GopherQuality) -> Group:
             (Rule("lines that end with an ellipsis", most=config.max_ellipsis_lines, scale=SHARES), _ellipsis_lines),
             (Rule("words with a letter", config.min_alphabetic_words, scale=SHARES), _alphabetic),
             (Rule("different stop words", config.min_stop_words, scale=Scale(0, 16)), num_stop_words),
-        ]
+        ],
+        "Gopher",
     )
 
 
@@ -74,12 +77,12 @@ def _share_of_lines(texts: Texts, first: Array, such: Array) -> Array:
 
 
 def _bullet_lines(_: Sequence[str], texts: Texts) -> Array:
-    first, _ = texts.lines
+    first = texts.lines[0]
     return _share_of_lines(texts, first, np.isin(texts.points[texts.words.starts[first]], BULLETS))
 
 
 def _ellipsis_lines(_: Sequence[str], texts: Texts) -> Array:
-    first, _ = texts.lines
+    first = texts.lines[0]
     last = np.append(first[1:], len(texts.words.starts)) - 1
     ends = texts.words.ends[last[: len(first)]]
     sign = texts.points[ends - 1] == ELLIPSIS

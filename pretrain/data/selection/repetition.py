@@ -41,7 +41,7 @@ class Copies(NamedTuple):
 def group(config: GopherRepetition) -> Group:
     """The rules of this section that are on."""
     names = [name for name in type(config).model_fields if getattr(config, name) is not None]
-    rules = tuple(Rule(name.replace("_", " "), most=getattr(config, name), scale=SHARES) for name in names)
+    rules = tuple(Rule(f"Gopher: {name.replace('_', ' ')}", most=getattr(config, name), scale=SHARES) for name in names)
 
     def measure(_: Sequence[str], texts: Texts) -> Array:
         found = dict(measures(texts, set(names)))

@@ -28,7 +28,7 @@ class Scale(NamedTuple):
         """(D,) int: the bin of each value; what lies outside falls into the first or the last."""
         return np.minimum((self.places(values) * BINS).astype(np.int64), BINS - 1)
 
-    def places(self, values: Array) -> Array:
+    def places(self, values: Any) -> Any:
         """Where values lie, from 0 (the scale's low end or below) to 1."""
         low, high = self.low, self.high
         if self.log:
@@ -77,9 +77,12 @@ class Group(NamedTuple):
     change: Callable[[str], str] | None = None
 
 
-def group_of(rules: Sequence[tuple[Rule, Measure]], change: Callable[[str], str] | None = None) -> Group:
-    """The group of those rules that have a bound, each with its measure (D,); the others are off."""
-    on = [(rule, measure) for rule, measure in rules if rule.least is not None or rule.most is not None]
+def group_of(
+    rules: Sequence[tuple[Rule, Measure]], source: str = "", change: Callable[[str], str] | None = None
+) -> Group:
+    """The group of those rules that have a bound, each with its measure (D,); the others are off. source: whose they are."""
+    named = [(rule._replace(name=f"{source}: {rule.name}" if source else rule.name), one) for rule, one in rules]
+    on = [(rule, measure) for rule, measure in named if rule.least is not None or rule.most is not None]
 
     def measure(strings: Sequence[str], texts: Texts) -> Array:
         values = [one(strings, texts) for _, one in on]
@@ -90,7 +93,7 @@ def group_of(rules: Sequence[tuple[Rule, Measure]], change: Callable[[str], str]
 
 def number(value: float) -> str:
     """A number as people read it."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def over(parts: Array, whole: Array) -> Array:

@@ -3,8 +3,8 @@
     normalize -> exact duplicates -> rules -> near duplicates -> quality -> contamination
 
 A document that is dropped has one reason, the first in this order. `judge` alone says what becomes of texts, where no
-duplicates are to be found. Where they are (`needs_clusters`), each piece of the corpus is signed first (exact hash, rules, MinHash
-signature), `clusters.cluster` finds the copies of all pieces together, and `judge` takes the fates that it writes.
+duplicates are to be found. Where they are (`needs_clusters`), each piece of the corpus is signed first (exact hash, rules,
+MinHash signature), `clusters.cluster` finds the copies of all pieces together, and `judge` takes the fates that it writes.
 
 All but the copies is a function of the text alone. The rules look at a document's first WINDOW characters, so that memory is
 bounded whatever a document's length; lines are taken out of the whole text, and contamination is looked for in all of it.
@@ -161,9 +161,7 @@ class Selection:
         return len(self.rules) - (self.classifier is not None)
 
     def _examine(self, texts: Sequence[str]) -> Examined:
-        found = Examined(
-            list(texts), np.zeros(len(texts), np.uint8), np.full((len(texts), len(self.rules)), np.nan)
-        )
+        found = Examined(list(texts), np.zeros(len(texts), np.uint8), np.full((len(texts), len(self.rules)), np.nan))
         for places in _together(texts):
             self._examine_some(found, np.array(places))
         return found
@@ -185,7 +183,11 @@ class Selection:
             first += len(group.rules)
             if broken.any():
                 found.reasons[alive] = broken
-                alive, windows, texts = alive[broken == 0], [w for w, b in zip(windows, broken, strict=True) if not b], None
+                alive, windows, texts = (
+                    alive[broken == 0],
+                    [w for w, b in zip(windows, broken, strict=True) if not b],
+                    None,
+                )
             if not len(alive):
                 return
 
@@ -231,14 +233,13 @@ class Selection:
 
     def _ask(self, examined: Examined, details: list[str]) -> None:
         assert self.classifier is not None
-        kept = np.flatnonzero(examined.reasons == KEPT)
+        kept, rule = np.flatnonzero(examined.reasons == KEPT), self.classifier.rule
         if not len(kept):
             return
-        chances = self.classifier([examined.texts[place] for place in kept])
-        examined.values[kept, -1] = chances
-        for place, chance in zip(kept[self.classifier.rule.broken(chances)], chances[self.classifier.rule.broken(chances)], strict=True):
+        examined.values[kept, -1] = self.classifier([examined.texts[place] for place in kept])
+        for place in kept[rule.broken(examined.values[kept, -1])]:
             examined.reasons[place] = QUALITY
-            details[place] = self.classifier.rule.sentence(float(chance))
+            details[place] = rule.sentence(float(examined.values[place, -1]))
 
     def _look_for_runs(self, examined: Examined, details: list[str]) -> None:
         assert self.runs is not None

@@ -80,7 +80,8 @@ class SignatureWriter:
                 self._file.write(sketches.astype("<u4").tobytes())
         self._documents += count
         self._count -= count
-        rest = Signatures(*(column[count:] for column in columns), np.zeros(0, np.int64))
+        exact, reasons, values, sketches = (column[count:] for column in columns)
+        rest = Signatures(exact, reasons, values, sketches, np.zeros(0, np.int64))
         self._waiting = [rest] if self._count else []
 
     def __enter__(self) -> SignatureWriter:

@@ -140,4 +140,6 @@ class Texts:
 
     def _made(self, starts: Integers, ends: Integers) -> WordRuns:
         keys = (self._sums[ends] - self._sums[starts]) * self._down[starts]
-        return WordRuns(np.searchsorted(starts, self.bounds), starts, ends, mix(keys + (ends - starts).astype(np.uint64)))
+        return WordRuns(
+            np.searchsorted(starts, self.bounds), starts, ends, mix(keys + (ends - starts).astype(np.uint64))
+        )
