@@ -139,6 +139,12 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
     command.add_argument(
+        "--eos-id",
+        type=int,
+        metavar="ID",
+        help="of Megatron-LM's files: the id that ends a document (default: found out)",
+    )
+    command.add_argument(
         "--packing",
         choices=("concat", "fit", "sentences"),
         help="documents one behind the other, cut anywhere (concat, the default), whole in rows by best fit (fit), or a row "

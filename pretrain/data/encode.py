@@ -40,14 +40,18 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> Encoded:
-    """Encode a batch, and decode it again to see whether the text comes back."""
-    rows = [tokenizer.encode(document.text) for document in documents]
+    """Encode a batch, and decode it again to see whether the text comes back; documents that came as tokens keep these."""
+    texts = [document for document in documents if document.tokens is None]
+    rows = [tokenizer.encode(document.text) for document in texts]
     again = tokenizer.decode_many(rows)
-    altered = [document.name for document, text in zip(documents, again, strict=True) if text != document.text]
-    for row in rows:
-        row.append(tokenizer.eos)
-    dtype = dtype_of(tokenizer.vocab_size)
-    return Encoded(np.concatenate([np.array(row, dtype) for row in rows]), [len(row) for row in rows], altered)
+    altered = [document.name for document, text in zip(texts, again, strict=True) if text != document.text]
+    dtype, found = dtype_of(tokenizer.vocab_size), iter(rows)
+    parts, lengths, end = [], [], np.array([tokenizer.eos], dtype_of(tokenizer.vocab_size))
+    for document in documents:
+        ids = np.asarray(next(found) if document.tokens is None else document.tokens, dtype)
+        parts += [ids, end]
+        lengths.append(len(ids) + 1)
+    return Encoded(np.concatenate(parts), lengths, altered)
 
 
 class Encoder:

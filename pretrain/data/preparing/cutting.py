@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from pretrain.data.documents import Span, TextFile
+from pretrain.data.documents import TextFile
 
 READ = 1 << 20
+
+
+class Span(NamedTuple):
+    """What is read of a file, from start to end: bytes, that lie `line` lines behind its beginning, or row groups or documents
+    of a foreign format."""
+
+    start: int
+    end: int
+    line: int = 0
 
 
 def is_cut(file: TextFile, split: str) -> bool:

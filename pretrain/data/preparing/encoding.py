@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from pretrain.data.documents import Skipped, read_spans
+from pretrain.data.documents import Skipped, read_documents
 from pretrain.data.encode import batches, encode
 from pretrain.data.preparing.files import write_whole
 from pretrain.data.preparing.options import PARTS, Report, part_of
@@ -32,19 +32,19 @@ def encode_piece(tools: Tools, number: int, beat: Beat) -> None:
     piece, options, tokenizer = tools.plan.piece(number), tools.options, tools.tokenizer
     report = Report(tokenizer.vocab_size, tokenizer.sha256)
     skipped = Skipped(counts=report.skipped, examples=report.examples)
-    spans = [(one.file, span) for one, span in piece.spans]
+    documents = read_documents(piece.files, options.split, options.text_field, skipped, tokenizer, options.eos_id)
     packers = {part: tools.packer() for part in PARTS}
     with ExitStack() as files:
         outs: dict[str, IO[bytes]] = {
             part: files.enter_context(write_whole(tokens_path(tools.work, number, part))) for part in PARTS
         }
-        for batch in batches(read_spans(spans, options.split, options.text_field, skipped)):
+        for batch in batches(documents):
             encoded = encode(tokenizer, batch)
             report.add_altered(encoded.altered)
             size = 0
             for document, tokens in zip(batch, np.split(encoded.tokens, np.cumsum(encoded.lengths[:-1])), strict=True):
                 data = document.text.encode()
-                part = part_of(data, options)
+                part = document.part or part_of(data, options)
                 for rows in packers[part].add(tokens):
                     outs[part].write(rows.data)
                     report.parts[part].tokens += len(rows)

@@ -33,6 +33,7 @@ class Options:
     validation: float | None = None  # share of the documents
     split: str = "file"
     text_field: str = "text"
+    eos_id: int | None = None  # that ends a document in files of tokens
     packing: str = "concat"  # or fit, sentences: rows of seq_length tokens, see `pretrain.data.packing`
     seq_length: int | None = None
     tokens_per_chunk: int | None = None
@@ -57,6 +58,8 @@ class Options:
             wrong.append("a shard must hold at least one chunk")
         if self.split not in SPLITS:
             wrong.append(f"documents are split by {' or '.join(SPLITS)}, not by {self.split!r}")
+        if self.eos_id is not None and self.tokenizer is None:
+            wrong.append("--eos-id is of files of tokens, which need the --tokenizer that they were made with")
         if self.piece_bytes is not None and self.piece_bytes < 1:
             wrong.append(f"--piece-bytes must be at least 1, not {self.piece_bytes}")
         wrong += self._wrong_packing()

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.data.documents import Span, TextFile
+from pretrain.data.documents import TextFile, pieces_of
+from pretrain.data.foreign import kinds
 from pretrain.data.preparing import cutting
+from pretrain.data.preparing.cutting import Span
 from pretrain.data.preparing.files import read_json, write_whole
 from pretrain.data.preparing.options import Options
 from pretrain.errors import UserError
@@ -39,42 +41,52 @@ class Changed(UserError):
 
 
 class Input(NamedTuple):
-    """A file as the plan knows it. size, time: bytes and nanoseconds of its last change; GONE if it was no plain file."""
+    """A file as the plan knows it. size, time: bytes and nanoseconds of its last change; GONE if it was no plain file. part: of
+    the split, where the data set says it."""
 
     name: str
     path: str
     size: int
     time: int
+    part: str | None
 
     @classmethod
     def of(cls, file: TextFile) -> Input:
-        return cls(file.name, os.path.abspath(file.path), *state(file.path))
+        return cls(file.name, os.path.abspath(file.path), *state(file.path), file.part)
 
-    @property
-    def file(self) -> TextFile:
-        return TextFile(Path(self.path), self.name)
+    def file(self, span: Span | None = None) -> TextFile:
+        """To read, whole or in part."""
+        path = Path(self.path)
+        if span is None:
+            return TextFile(path, self.name, part=self.part)
+        return TextFile(path, self.name, (span.start, span.end), self.part, span.line)
 
 
 class Piece(NamedTuple):
     """What one process reads at a time."""
 
     number: int
-    spans: tuple[tuple[Input, Span], ...]
+    spans: tuple[tuple[Input, Span | None], ...]
+
+    @property
+    def files(self) -> list[TextFile]:
+        """To read, in order."""
+        return [one.file(span) for one, span in self.spans]
 
     @property
     def name(self) -> str:
         """For messages."""
         (first, span), more = self.spans[0], len(self.spans) - 1
-        place = "" if span.end is None else f", bytes {span.start:,} to {span.end:,}"
+        unit = "bytes" if kinds.kind_of(Path(first.path)) is None else "parts"
+        place = "" if span is None else f", {unit} {span.start:,} to {span.end:,}"
         return f"piece {self.number} ({first.name}{place}{f' and {more:,} more' if more else ''})"
 
     @property
     def bytes(self) -> int | None:
         """Of its text; None where compression or JSON around it hides how many."""
-        files = [one.file for one, _ in self.spans]
-        if any(file.is_compressed or file.is_json_lines for file in files):
+        if any(file.is_compressed or file.is_json_lines for file in self.files):
             return None
-        return sum(max(one.size, 0) if span.end is None else span.end - span.start for one, span in self.spans)
+        return sum(max(one.size, 0) if span is None else span.end - span.start for one, span in self.spans)
 
     def check(self) -> None:
         """Raises Changed if a file is no longer what the plan was made of."""
@@ -128,7 +140,7 @@ def make(work: Path, files: Sequence[TextFile], options: Options, deciding: Mapp
     starts, place = bytearray(), 0
     with write_whole(work / PIECES) as lines:
         for spans in _pieces(inputs, size, options.split):
-            line = json.dumps([[*one, *span] for one, span in spans]).encode() + b"\n"
+            line = json.dumps([[one, span] for one, span in spans]).encode() + b"\n"
             starts += place.to_bytes(8, "little")
             place += lines.write(line)
     with write_whole(work / STARTS) as file:
@@ -151,7 +163,7 @@ def check_same(plan: Plan, files: Sequence[TextFile], deciding: Mapping[str, Any
         before, now = (_told(options.get(name)) for options in (plan.options, deciding))
         if before != now:
             raise differ(f"options: --{name.replace('_', '-')} was {before}, and is {now}")
-    planned = (one for piece in plan for one, span in piece.spans if span.start == 0)
+    planned = (one for piece in plan for one, span in piece.spans if span is None or not span.start)
     for file in files:
         known = next(planned, None)
         if known is None or (known.name, known.path) != (file.name, os.path.abspath(file.path)):
@@ -167,12 +179,16 @@ def _told(value: Any) -> str:
 
 
 def state(path: str | Path) -> tuple[int, int]:
-    """(bytes, time of the last change in nanoseconds) of a plain file, else GONE."""
+    """(bytes, time of the last change in nanoseconds) of a plain file, with the ids beside an index of them; else GONE."""
     try:
-        found = os.stat(path)
+        found = [os.stat(path)]
+        if kinds.kind_of(Path(path)) == kinds.MEGATRON:
+            found.append(os.stat(Path(path).with_suffix(".bin")))
     except OSError:
         return GONE
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else GONE
+    if not all(stat.S_ISREG(one.st_mode) for one in found):
+        return GONE
+    return sum(one.st_size for one in found), max(one.st_mtime_ns for one in found)
 
 
 def difference(planned: Input) -> str:
@@ -191,21 +207,32 @@ def mark(path: Path, digest: bytes) -> None:
     os.utime(path, ns=(time, time))
 
 
-def _pieces(inputs: Iterable[Input], size: int, split: str) -> Iterator[list[tuple[Input, Span]]]:
-    spans: list[tuple[Input, Span]] = []
+def _pieces(inputs: Iterable[Input], size: int, split: str) -> Iterator[list[tuple[Input, Span | None]]]:
+    spans: list[tuple[Input, Span | None]] = []
     room = size
     for one in inputs:
-        if spans and (one.size > room or len(spans) == MOST_FILES):
+        cuts = _cuts(one, size, split)
+        if spans and (one.size > room or cuts or len(spans) == MOST_FILES):
             yield spans
             spans, room = [], size
-        if one.size > size and cutting.is_cut(one.file, split):
-            yield from ([(one, span)] for span in cutting.cut(one.file, one.size, size, split))
+        if cuts:
+            for span in cuts:
+                yield [(one, span)]
         else:
-            spans.append((one, Span(0, None, 0)))
+            spans.append((one, None))
             room -= max(one.size, 0)
     if spans:
         yield spans
 
 
+def _cuts(one: Input, size: int, split: str) -> list[Span]:
+    """The parts of a file that is large enough to be read in parts; none of one that is read whole."""
+    if one.size <= size or one.part == "test":
+        return []
+    if cutting.is_cut(one.file(), split):
+        return list(cutting.cut(one.file(), one.size, size, split))
+    return [Span(*file.span) for file in pieces_of(one.file()) if file.span is not None]
+
+
 def _parsed(number: int, line: bytes) -> Piece:
-    return Piece(number, tuple((Input(*row[:4]), Span(*row[4:])) for row in json.loads(line)))
+    return Piece(number, tuple((Input(*one), Span(*span) if span else None) for one, span in json.loads(line)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 
-from pretrain.data.documents import Skipped, read_spans
+from pretrain.data.documents import Skipped, read_documents
 from pretrain.data.preparing.files import read_json, write_json
 from pretrain.data.preparing.options import PARTS, VOCAB_SIZE, Options, check_split, part_of
 from pretrain.data.preparing.tools import SAMPLE, Beat, Job, Tools, keep_tokenizer
@@ -28,11 +28,9 @@ def sample_piece(tools: Tools, number: int, beat: Beat) -> None:
     options, piece = tools.options, tools.plan.piece(number)
     drawn = Sample(options.max_train_bytes, options.seed, _bound(tools))
     skipped, documents = Skipped(), dict.fromkeys(PARTS, 0)
-    for document in read_spans(
-        ((one.file, span) for one, span in piece.spans), options.split, options.text_field, skipped
-    ):
+    for document in read_documents(piece.files, options.split, options.text_field, skipped):
         data = document.text.encode()
-        name = part_of(data, options)
+        name = document.part or part_of(data, options)
         documents[name] += 1
         if name == "train":
             drawn.add(document.text)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.data import prepare as module
 from pretrain.data.prepare import do_task, merge_only, plan_only, prepare
-from pretrain.data.preparing import merge, pool
+from pretrain.data.preparing import merge
 from pretrain.data.preparing.options import Options
 from pretrain.errors import UserError
 from tests.distributed import REPOSITORY, run_python, start_python
 from tests.pretrain.data.corpus import hashes, quietly, stdlib_texts
 from tests.pretrain.data.test_folder import workers_on
 
-PIECES = 21
+PIECES = 26
 OPTIONS = {
     "validation": 0.2,
     "tokens_per_chunk": 1024,
@@ -37,7 +37,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines of JSON and paragraphs in files that are cut, and small files: 21 pieces."""
+    """Lines of JSON and paragraphs in files that are cut, and small files: 26 pieces."""
     folder = tmp_path_factory.mktemp("texts")
     modules = stdlib_texts(30, 2_000, 9_000)
     lines = [line for text in modules for line in text.split("\n\n")]
@@ -202,22 +202,21 @@ def test_a_merge_goes_on_where_it_was_killed(
 ) -> None:
     """At each of its writes in turn: every shard, manifest, the report, and between the last of all and the new name."""
     out, moments = tmp_path / "out", 0
-    write_shard_of, write_manifest = merge.write_shard_of, merge.write_manifest
 
-    def killing(function: object, after: bool) -> object:
-        def call(*arguments: object) -> object:
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             nonlocal countdown
             countdown -= 1
             if countdown == 0:
                 raise KeyboardInterrupt
-            return function(*arguments)  # type: ignore[operator]
+            return function(*arguments)
 
         return call
 
-    monkeypatch.setattr("pretrain.data.preparing.work.write_shard_of", killing(write_shard_of, False))
-    monkeypatch.setattr(merge, "write_manifest", killing(write_manifest, False))
-    monkeypatch.setattr(module.stages, "remove", killing(module.stages.remove, False))
-    monkeypatch.setattr(module, "publish", killing(module.publish, False))
+    monkeypatch.setattr("pretrain.data.preparing.work.write_shard_of", killing(merge.write_shard_of))
+    monkeypatch.setattr(merge, "write_manifest", killing(merge.write_manifest))
+    monkeypatch.setattr(module.stages, "remove", killing(module.stages.remove))
+    monkeypatch.setattr(module, "publish", killing(module.publish))
     while not out.exists():
         countdown = 3  # two of them succeed, so that each start comes one further
         moments += 1
@@ -238,7 +237,7 @@ def test_another_text_or_option_is_refused_until_restart(
     with pytest.raises(UserError, match="--seed was 0, and is 1"):
         prepare([own], tmp_path / "out", Options(**{**vars(options), "seed": 1}), processes=1, say=silent)
     (own / "c0.py").write_text("another text\n")
-    with pytest.raises(UserError, match="c0.py has changed since the work began"):
+    with pytest.raises(UserError, match=r"c0\.py has changed since the work began"):
         prepare([own], tmp_path / "out", options, processes=1, say=silent)
     said: list[str] = []
     prepare([own], tmp_path / "out", options, processes=1, say=said.append, restart=True)
@@ -347,7 +346,7 @@ def test_a_fault_of_the_program_is_told_with_its_place(texts: Path, options: Opt
     plan_only([texts], tmp_path / "out", options, processes=1, say=silent)
     (draft_of(tmp_path / "out") / "work" / "tokenizer.json.sha256").write_text('{"file": "tokenizer.model"}')
     (draft_of(tmp_path / "out") / "work" / "pieces.jsonl").write_text("no JSON\n" * 99)
-    with pytest.raises(RuntimeError, match=r"a process failed:\n.*JSONDecodeError"):
+    with pytest.raises(RuntimeError, match=r"(?s)a process failed:\n.*JSONDecodeError"):
         prepare_all(tmp_path / "out")
     assert not workers_on(tmp_path / "out")
 
@@ -381,11 +380,6 @@ def test_a_source_that_vanishes_in_the_middle_is_one_message_and_nothing_is_lost
     prepare([own], tmp_path / "out", options, processes=1, say=silent)
     found = {**hashes(tmp_path / "out"), "report.json": ""}
     assert found == {**expected, "report.json": ""}  # the report has the names of files
-
-
-def limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def test_a_full_disk_is_one_message_and_what_was_written_is_kept(
@@ -450,4 +444,3 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, model_file: Path) ->
         path.write_bytes(b"\n\n".join([text] * (megabytes * 1_000_000 // len(text))))
         found.append(peak(path, model_file, tmp_path / f"out-{megabytes}"))
     assert found[1] < 1.03 * found[0], found
-    assert pool.ATTEMPTS == 3
