@@ -11,7 +11,17 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     from pretrain.data.preparing.options import Options, Report
 
-OF_LATER_PARTS = ("out", "task", "tasks", "merge", "processes", "timeout", "strict")  # what --task and --merge take
+OF_LATER_PARTS = (
+    "out",
+    "task",
+    "tasks",
+    "stage",
+    "cluster",
+    "merge",
+    "processes",
+    "timeout",
+    "strict",
+)  # what --task and --merge take
 AS_GIVEN = ("run", *OF_LATER_PARTS)
 
 
@@ -35,7 +45,13 @@ def _report(args: argparse.Namespace) -> Report | None:
         raise UserError("--task I and --tasks N belong together: this task's number from 0 on, and how many there are.")
     _check_part(args)
     if args.task is not None:
-        prepare.do_task(args.out, args.task, args.tasks, args.processes, strict=args.strict, timeout=timeout)
+        stage = args.stage or "encode"
+        prepare.do_task(args.out, args.task, args.tasks, args.processes, None, args.strict, timeout, stage)
+        return None
+    if args.stage is not None:
+        raise UserError("--stage: has no effect without --task")
+    if args.cluster:
+        prepare.cluster_only(args.out, args.processes, strict=args.strict, timeout=timeout)
         return None
     if args.merge:
         return prepare.merge_only(args.out, args.processes, strict=args.strict, timeout=timeout)
@@ -48,8 +64,12 @@ def _report(args: argparse.Namespace) -> Report | None:
     if args.plan:
         plan = prepare.plan_only(args.texts, args.out, options, **shared)
         print(f"{plan.pieces:,} pieces of {plan.files:,} files, {plan.bytes:,} bytes. Next, in any order and number N:")
-        print(f"  python -m pretrain prepare --out {args.out} --task I --tasks N   for I from 0 to N - 1")
-        print(f"  python -m pretrain prepare --out {args.out} --merge              when all have ended")
+        again = f"  python -m pretrain prepare --out {args.out}"
+        if plan.compares:
+            print(f"{again} --task I --tasks N --stage sign   for I from 0 to N - 1")
+            print(f"{again} --cluster                         when all have ended")
+        print(f"{again} --task I --tasks N   for I from 0 to N - 1")
+        print(f"{again} --merge              when all have ended")
         return None
     return prepare.prepare(args.texts, args.out, options, **shared)
 
@@ -58,7 +78,12 @@ def _check_part(args: argparse.Namespace) -> None:
     """Raises UserError where an option would have no effect."""
     parts = [
         name
-        for name, given in (("--plan", args.plan), ("--task", args.task is not None), ("--merge", args.merge))
+        for name, given in (
+            ("--plan", args.plan),
+            ("--task", args.task is not None),
+            ("--cluster", args.cluster),
+            ("--merge", args.merge),
+        )
         if given
     ]
     if len(parts) > 1:
@@ -139,6 +164,11 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
     command.add_argument(
+        "--select",
+        metavar="FILE",
+        help="what is kept, as YAML: duplicates, rules, language, quality (see configs/selection)",
+    )
+    command.add_argument(
         "--eos-id",
         type=int,
         metavar="ID",
@@ -197,4 +227,14 @@ def _part_options(command: argparse.ArgumentParser) -> None:
         "--task", type=int, metavar="I", help="with --tasks: encode every N-th piece of a plan from I on"
     )
     command.add_argument("--tasks", type=int, metavar="N", help="with --task: how many tasks share the pieces")
+    command.add_argument(
+        "--stage",
+        choices=("sign", "encode"),
+        help="with --task, of a plan whose selection looks for copies: sign, then --cluster, then encode (the default)",
+    )
+    command.add_argument(
+        "--cluster",
+        action="store_true",
+        help="when all pieces of such a plan are signed: find the copies, settle the tokenizer",
+    )
     command.add_argument("--merge", action="store_true", help="when all pieces of a plan are encoded: write the shards")

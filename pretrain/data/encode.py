@@ -51,7 +51,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> Encoded:
         ids = np.asarray(next(found) if document.tokens is None else document.tokens, dtype)
         parts += [ids, end]
         lengths.append(len(ids) + 1)
-    return Encoded(np.concatenate(parts), lengths, altered)
+    return Encoded(np.concatenate(parts) if parts else np.empty(0, dtype), lengths, altered)
 
 
 class Encoder:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,16 +35,21 @@ from pretrain.data.preparing import merge, plan, sampling, stages
 from pretrain.data.preparing.files import read_json, write_whole
 from pretrain.data.preparing.options import PARTS, NoDocuments, Options, Part, Report, check_split, part_of
 from pretrain.data.preparing.pool import TIMEOUT
+from pretrain.data.preparing.selecting import find_copies, is_clustered
 from pretrain.data.preparing.stages import Stages
-from pretrain.data.preparing.tools import ENCODE, Job, Tools, has_tokenizer, keep_tokenizer
+from pretrain.data.preparing.tools import ENCODE, SIGN, Job, Tools, has_tokenizer, keep_tokenizer
 from pretrain.data.shards import Entry, ShardWriter
 from pretrain.errors import UserError
 from pretrain.huggingface.vocabulary import read_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.training import sample
 
+if TYPE_CHECKING:
+    from pretrain.data.selection.select import Selection
+
 WORK = "work"
-CONTENTS = (*PARTS, "stdin", merge.REPORT, WORK, LAUNCH, LOGS)
+WRITTEN = (*PARTS, merge.REPORT, "selection-report.html")
+CONTENTS = (*WRITTEN, "stdin", WORK, LAUNCH, LOGS)
 
 Say = Callable[[str], None]
 
@@ -72,6 +78,7 @@ def prepare(
         _drafted(texts, out, options, stdlib, say, restart) as tools,
         closing(Stages(tools, processes, say, timeout, options.strict)) as work,
     ):
+        _compare(tools, work, say)
         _train(tools, work, say)
         work.run(ENCODE)
         return _finish(tools, out, options.strict, work)
@@ -87,14 +94,16 @@ def plan_only(
     restart: bool = False,
     timeout: float = TIMEOUT,
 ) -> plan.Plan:
-    """The first part of `prepare`, with the tokenizer, after which `do_task` may do the second."""
+    """The first part of `prepare`, after which `do_task` may do the second. The tokenizer is trained now, unless a selection
+    looks for copies: then it waits for `cluster_only`, since no copy is to be in its sample."""
     say = say or _tell
     options, processes = options or Options(), processes_of(processes)
     with (
         _drafted(texts, out, options, stdlib, say, restart) as tools,
         closing(Stages(tools, processes, say, timeout, options.strict)) as work,
     ):
-        _train(tools, work, say)
+        if not tools.plan.compares:
+            _train(tools, work, say)
         return tools.plan
 
 
@@ -106,16 +115,40 @@ def do_task(
     say: Say | None = None,
     strict: bool = False,
     timeout: float = TIMEOUT,
+    stage: str = ENCODE,
 ) -> None:
-    """Encode every `tasks`-th piece of a plan, from number `task` on. Tasks may run at once, on machines that share `out`'s
-    folder, and be of different numbers of tasks: a piece that two of them do is the same from both."""
+    """Encode (or sign) every `tasks`-th piece of a plan, from number `task` on. Tasks may run at once, on machines that share
+    `out`'s folder, and be of different numbers of tasks: a piece that two of them do is the same from both."""
     if not 0 <= task < tasks:
         raise UserError(f"--task is a number from 0 to below --tasks, not {task} of {tasks}.")
     say = say or _tell
     with lasting_folder(out, CONTENTS, PLAN, say, shared=True) as draft:
-        tools = _planned(draft)
+        tools = Tools(draft / WORK)
+        if stage == SIGN and not tools.plan.compares:
+            raise UserError("--stage sign: the plan compares no documents with each other; leave it out.")
+        if stage == ENCODE:
+            _check_ready(tools, out)
         with closing(Stages(tools, processes_of(processes), say, timeout, strict, (task, tasks))) as work:
-            work.run(ENCODE)
+            work.run(stage)
+
+
+def cluster_only(
+    out: str | Path,
+    processes: int | None = None,
+    say: Say | None = None,
+    strict: bool = False,
+    timeout: float = TIMEOUT,
+) -> None:
+    """What stands between the two stages of a plan whose selection looks for copies: find them, and train the tokenizer.
+    Raises UserError where pieces are not signed yet."""
+    say = say or _tell
+    with _begun(out, say) as tools:
+        if not tools.plan.compares:
+            raise UserError("--cluster: the plan compares no documents with each other; leave it out.")
+        _check_done(tools, SIGN, out, "signed", "their tasks (--task I --tasks N --stage sign), then --cluster again")
+        with closing(Stages(tools, processes_of(processes), say, timeout, strict)) as work:
+            _compare(tools, work, say)
+            _train(tools, work, say)
 
 
 def merge_only(
@@ -127,18 +160,10 @@ def merge_only(
 ) -> Report:
     """The last part of `prepare`. Raises UserError where pieces are missing."""
     say = say or _tell
-    draft = draft_of(Path(os.path.realpath(out)))
-    if not (draft / PLAN).exists():
-        raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
-    with lasting_folder(out, CONTENTS, PLAN, say) as draft:
-        tools = _planned(draft)
-        if not (draft / merge.REPORT).exists():
-            missing = [number for number in range(tools.plan.pieces) if not tools.is_done(Job(ENCODE, number))]
-            if missing:
-                raise UserError(
-                    f"{len(missing):,} of {tools.plan.pieces:,} pieces of {out} are not encoded yet, such as "
-                    f"{tools.plan.piece(missing[0]).name}: run their tasks (--task I --tasks N), then --merge again."
-                )
+    with _begun(out, say) as tools:
+        if not (tools.work.parent / merge.REPORT).exists():
+            _check_ready(tools, out)
+            _check_done(tools, ENCODE, out, "encoded", "their tasks (--task I --tasks N), then --merge again")
         with closing(Stages(tools, processes_of(processes), say, timeout, strict)) as work:
             return _finish(tools, out, strict, work)
 
@@ -161,7 +186,7 @@ def _drafted(
         raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
     with lasting_folder(out, CONTENTS, PLAN, say) as draft:
         if restart:
-            for name in (*PARTS, merge.REPORT, WORK):
+            for name in (*WRITTEN, WORK):
                 _remove(draft / name)
         tools = Tools(draft / WORK)
         try:
@@ -180,14 +205,24 @@ def _plan(tools: Tools, texts: Sequence[str | Path], stdlib: bool, options: Opti
     given = None if options.tokenizer is None else read_tokenizer(Path(options.tokenizer))
     tools.work.mkdir(exist_ok=True)
     files = [*_files(texts, tools.work), *(stdlib_corpus() if stdlib else ())]
+    selection = _selection(options)
     deciding = {**options.deciding(), "tokenizer": None if given is None else given.sha256}
+    deciding["select"] = None if selection is None else selection.fingerprint
     if (found := plan.Plan.open(tools.work)) is not None:
         plan.check_same(found, files, deciding)
         say(f"Going on with an unfinished work: {_num_done(tools):,} of {found.pieces:,} pieces are done.")
     else:
-        plan.make(tools.work, files, options, deciding)
+        plan.make(tools.work, files, options, deciding, selection is not None and selection.needs_clusters)
     if given is not None and not has_tokenizer(tools.work):
         keep_tokenizer(tools.work, given)
+
+
+def _selection(options: Options) -> Selection | None:
+    if options.select is None:
+        return None
+    from pretrain.data.selection.select import Selection
+
+    return Selection.load(options.select)
 
 
 def _files(texts: Sequence[str | Path], work: Path) -> list[TextFile]:
@@ -217,12 +252,41 @@ def _train(tools: Tools, work: Stages, say: Say) -> None:
         sampling.train(tools, work.run, say)
 
 
-def _planned(draft: Path) -> Tools:
-    """What another process planned."""
-    tools = Tools(draft / WORK)
+def _compare(tools: Tools, work: Stages, say: Say) -> None:
+    if not is_clustered(tools):
+        work.run(SIGN)
+        say("Looking for copies")
+        find_copies(tools)
+
+
+@contextmanager
+def _begun(out: str | Path, say: Say) -> Iterator[Tools]:
+    """What another process planned, for this one alone."""
+    if not (draft_of(Path(os.path.realpath(out))) / PLAN).exists():
+        raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
+    with lasting_folder(out, CONTENTS, PLAN, say) as draft:
+        yield Tools(draft / WORK)
+
+
+def _check_ready(tools: Tools, out: str | Path) -> None:
+    """Raises UserError where pieces cannot be encoded yet."""
+    if not is_clustered(tools):
+        raise UserError(
+            f"The plan of {out} looks for copies first: run tasks with --stage sign, then --cluster, then the tasks again."
+        )
     if not has_tokenizer(tools.work):
-        raise UserError(f"The plan in {draft} has no tokenizer yet: let `prepare --plan` come to its end first.")
-    return tools
+        before = "--cluster" if tools.plan.compares else "--plan"
+        raise UserError(f"The plan of {out} has no tokenizer yet: let `prepare {before}` come to its end first.")
+
+
+def _check_done(tools: Tools, stage: str, out: str | Path, done: str, mend: str) -> None:
+    """Raises UserError where pieces are not through a stage."""
+    missing = [number for number in range(tools.plan.pieces) if not tools.is_done(Job(stage, number))]
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {tools.plan.pieces:,} pieces of {out} are not {done} yet, such as "
+            f"{tools.plan.piece(missing[0]).name}: run {mend}."
+        )
 
 
 def _finish(tools: Tools, out: str | Path, strict: bool, work: Stages) -> Report:

@@ -79,6 +79,8 @@ def print_report(report: Report, out: str | Path) -> None:
     console.print(f"Vocabulary {report.vocab_size:,}. Skipped: {sum(report.skipped.values()):,}.")
     for reason, count in sorted(report.skipped.items()):
         console.print(f"  {count:,} {reason}, such as {_printable(report.examples[reason][0])}")
+    for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        console.print(f"  {count:,} not selected: {reason}")
     if report.altered:
         example = _printable(report.altered_examples[0])
         console.print(f"{report.altered:,} documents do not decode to themselves, such as {example}")

@@ -9,17 +9,20 @@ What is written depends on the piece alone, so two processes that do the same pi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from pretrain.data.documents import Skipped, read_documents
-from pretrain.data.encode import batches, encode
+from pretrain.data.documents import Skipped
+from pretrain.data.encode import encode
+from pretrain.data.packing import Packer
 from pretrain.data.preparing.files import write_whole
-from pretrain.data.preparing.options import PARTS, Report, part_of
+from pretrain.data.preparing.options import PARTS, Part, Report
+from pretrain.data.preparing.selecting import kept_of
 from pretrain.data.preparing.tools import ENCODE, Beat, Job, Tools
 
 
@@ -29,33 +32,50 @@ def tokens_path(work: Path, number: int, part: str) -> Path:
 
 def encode_piece(tools: Tools, number: int, beat: Beat) -> None:
     """Encode one piece. Raises UserError if its files are not what the plan was made of."""
-    piece, options, tokenizer = tools.plan.piece(number), tools.options, tools.tokenizer
-    report = Report(tokenizer.vocab_size, tokenizer.sha256)
+    piece, tokenizer = tools.plan.piece(number), tools.tokenizer
+    report, tally = Report(tokenizer.vocab_size, tokenizer.sha256), tools.new_tally()
     skipped = Skipped(counts=report.skipped, examples=report.examples)
-    documents = read_documents(piece.files, options.split, options.text_field, skipped, tokenizer, options.eos_id)
-    packers = {part: tools.packer() for part in PARTS}
     with ExitStack() as files:
-        outs: dict[str, IO[bytes]] = {
-            part: files.enter_context(write_whole(tokens_path(tools.work, number, part))) for part in PARTS
+        outs = {
+            part: _Out(
+                files.enter_context(write_whole(tokens_path(tools.work, number, part))),
+                tools.packer(),
+                report.parts[part],
+            )
+            for part in PARTS
         }
-        for batch in batches(documents):
-            encoded = encode(tokenizer, batch)
+        for kept in kept_of(tools, piece, skipped, tally):
+            encoded = encode(tokenizer, kept.documents)
             report.add_altered(encoded.altered)
-            size = 0
-            for document, tokens in zip(batch, np.split(encoded.tokens, np.cumsum(encoded.lengths[:-1])), strict=True):
-                data = document.text.encode()
-                part = document.part or part_of(data, options)
-                for rows in packers[part].add(tokens):
-                    outs[part].write(rows.data)
-                    report.parts[part].tokens += len(rows)
-                report.parts[part].documents += 1
-                report.parts[part].text_bytes += len(data)
-                size += len(data)
-            beat(size, len(encoded.tokens))
-        for part, packer in packers.items():
-            for rows in packer.finish():
-                outs[part].write(rows.data)
-                report.parts[part].tokens += len(rows)
-            report.parts[part].padding = packer.padding
+            starts = np.cumsum([0, *encoded.lengths]).tolist()
+            for place, (part, size) in enumerate(zip(kept.parts, kept.sizes, strict=True)):
+                outs[part].add(encoded.tokens[starts[place] : starts[place + 1]], size)
+            beat(kept.read, len(encoded.tokens))
+        for out in outs.values():
+            out.finish()
         piece.check()
-    tools.finish(Job(ENCODE, number), asdict(report))
+    tools.finish(Job(ENCODE, number), {**asdict(report), "tally": None if tally is None else tally.to_json()})
+
+
+@dataclass
+class _Out:
+    """A part's file of one piece."""
+
+    file: IO[bytes]
+    packer: Packer
+    counts: Part
+
+    def add(self, tokens: np.ndarray[Any, Any], size: int) -> None:
+        """One document's tokens; size: bytes of its text."""
+        self.counts.documents += 1
+        self.counts.text_bytes += size
+        self._write(self.packer.add(tokens))
+
+    def finish(self) -> None:
+        self._write(self.packer.finish())
+        self.counts.padding = self.packer.padding
+
+    def _write(self, rows: Iterable[np.ndarray[Any, Any]]) -> None:
+        for some in rows:
+            self.file.write(some.data)
+            self.counts.tokens += len(some)

@@ -21,6 +21,7 @@ from pretrain.data.packing import Packing
 from pretrain.data.preparing.encoding import tokens_path
 from pretrain.data.preparing.files import read_json, write_json, write_whole
 from pretrain.data.preparing.options import PARTS, Part, Report, check_split
+from pretrain.data.preparing.selecting import write_selection_report
 from pretrain.data.preparing.tools import ENCODE, Beat, Job, Tools
 from pretrain.data.shards import Entry, chunk_size, num_shards, tokens_before, write_shard
 from pretrain.tokenization.base import Tokenizer
@@ -106,13 +107,23 @@ def _count(tools: Tools, strict: bool) -> Report:
     """What all pieces told. From then on it is settled where each shard begins."""
     report = Report(tools.tokenizer.vocab_size, tools.tokenizer.sha256)
     starts = {part: bytearray(8) for part in PARTS}
+    tally = tools.new_tally()
     for number in range(tools.plan.pieces):
-        report.add(tools.result(Job(ENCODE, number)))
+        found = tools.result(Job(ENCODE, number))
+        report.add(found)
         for part in PARTS:
             starts[part] += report.parts[part].tokens.to_bytes(8, "little")
-    skipped = Skipped(strict)
-    skipped.merge(report.skipped, report.examples)
-    check_split({part: report.parts[part].documents for part in PARTS}, skipped, tools.options)
+        if tally is not None:
+            tally.add(tally.from_json(found["tally"]))
+    Skipped(strict).merge(report.skipped, report.examples)
+    unused = Skipped()
+    unused.merge(report.skipped, report.examples)
+    if tally is not None:
+        report.dropped = {reason: documents for reason, (documents, _) in tally.dropped.items()}
+        unused.merge(report.dropped, {reason: [one.name for one in found] for reason, found in tally.examples.items()})
+    check_split({part: report.parts[part].documents for part in PARTS}, unused, tools.options)
+    if tally is not None:
+        write_selection_report(tools, tools.work.parent, tally)
     layout = {}
     row = tools.options.rows.row
     for part in PARTS:

@@ -19,7 +19,7 @@ VOCAB_SIZE = 8192
 VALIDATION = 0.01
 MAX_TRAIN_BYTES = 32 << 20
 PARTS = ("train", "validation")
-UNDECIDING = ("tokenizer", "strict")  # the one goes by its content, the other never changes what is written
+UNDECIDING = ("tokenizer", "select", "strict")  # two go by their content, the last never changes what is written
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Options:
     strict: bool = False
     max_train_bytes: int = MAX_TRAIN_BYTES
     seed: int = 0
+    select: str | Path | None = None  # file of what is kept, see `pretrain.data.selection`
     piece_bytes: int | None = None  # of text, that one process does at a time
 
     def check(self) -> None:
@@ -119,6 +120,7 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=dict)
     altered: int = 0
     altered_examples: list[str] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)  # by a selection: documents by reason
 
     def add_altered(self, names: Sequence[str]) -> None:
         """Count documents that do not decode to themselves, and keep the first names."""
@@ -127,7 +129,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """For report.json."""
-        return asdict(self)
+        value = asdict(self)
+        if not self.dropped:
+            del value["dropped"]
+        return value
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Report:

@@ -104,6 +104,8 @@ class Plan:
     files: int
     bytes: int
     options: dict[str, Any]
+    selection: str | None  # path of its file
+    compares: bool  # whether documents are compared with each other before they are selected
 
     @classmethod
     def open(cls, work: Path) -> Plan | None:
@@ -115,7 +117,8 @@ class Plan:
             raise UserError(
                 f"{work}: was begun by another version of this program. Go on with that one, or give --restart."
             )
-        return cls(work, value["pieces"], value["files"], value["bytes"], value["options"])
+        del value["version"]
+        return cls(work, **value)
 
     def piece(self, number: int) -> Piece:
         """The piece of a number from 0 on."""
@@ -132,8 +135,11 @@ class Plan:
                 yield _parsed(number, line)
 
 
-def make(work: Path, files: Sequence[TextFile], options: Options, deciding: Mapping[str, Any]) -> Plan:
-    """Cut the files into pieces and write the plan. deciding: what a start that goes on must share."""
+def make(
+    work: Path, files: Sequence[TextFile], options: Options, deciding: Mapping[str, Any], compares: bool = False
+) -> Plan:
+    """Cut the files into pieces and write the plan. deciding: what a start that goes on must share. compares: whether its
+    selection looks for copies."""
     inputs = [Input.of(file) for file in files]
     total = sum(max(one.size, 0) for one in inputs)
     size = options.piece_bytes or min(max(total // PIECES_AT_LEAST, LEAST_BYTES), MOST_BYTES)
@@ -145,10 +151,11 @@ def make(work: Path, files: Sequence[TextFile], options: Options, deciding: Mapp
             place += lines.write(line)
     with write_whole(work / STARTS) as file:
         file.write(starts)
-    plan = Plan(work, len(starts) // 8, len(inputs), total, dict(deciding))
+    selection = None if options.select is None else os.path.abspath(options.select)
+    plan = Plan(work, len(starts) // 8, len(inputs), total, dict(deciding), selection, compares)
+    value = {name: value for name, value in vars(plan).items() if name != "work"}
     with write_whole(work / PLAN) as file:
-        value = {"version": VERSION, "pieces": plan.pieces, "files": plan.files, "bytes": total}
-        file.write(json.dumps({**value, "options": plan.options}, indent=1).encode())
+        file.write(json.dumps({"version": VERSION, **value}, indent=1).encode())
     return plan
 
 

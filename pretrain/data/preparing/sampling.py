@@ -10,9 +10,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 
-from pretrain.data.documents import Skipped, read_documents
+from pretrain.data.documents import Skipped
 from pretrain.data.preparing.files import read_json, write_json
-from pretrain.data.preparing.options import PARTS, VOCAB_SIZE, Options, check_split, part_of
+from pretrain.data.preparing.options import PARTS, VOCAB_SIZE, Options, check_split
+from pretrain.data.preparing.selecting import kept_of
 from pretrain.data.preparing.tools import SAMPLE, Beat, Job, Tools, keep_tokenizer
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.training import Sample, VocabularyTooLarge, train_tokenizer
@@ -28,13 +29,12 @@ def sample_piece(tools: Tools, number: int, beat: Beat) -> None:
     options, piece = tools.options, tools.plan.piece(number)
     drawn = Sample(options.max_train_bytes, options.seed, _bound(tools))
     skipped, documents = Skipped(), dict.fromkeys(PARTS, 0)
-    for document in read_documents(piece.files, options.split, options.text_field, skipped):
-        data = document.text.encode()
-        name = document.part or part_of(data, options)
-        documents[name] += 1
-        if name == "train":
-            drawn.add(document.text)
-        beat(len(data), 0)
+    for kept in kept_of(tools, piece, skipped):
+        for document, part in zip(kept.documents, kept.parts, strict=True):
+            documents[part] += 1
+            if part == "train":
+                drawn.add(document.text)
+        beat(kept.read, 0)
     piece.check()
     result = {"documents": documents, "skipped": skipped.counts, "examples": skipped.examples}
     result |= {"pieces": drawn.pieces, "shed": drawn.shed, "passed_over": drawn.passed_over}

@@ -12,11 +12,12 @@ from pretrain.data.preparing.files import read_json
 from pretrain.data.preparing.merge import LAYOUT
 from pretrain.data.preparing.options import PARTS
 from pretrain.data.preparing.pool import TIMEOUT, Pool
-from pretrain.data.preparing.tools import ENCODE, SAMPLE, Job, Tools
+from pretrain.data.preparing.selecting import CLUSTERS
+from pretrain.data.preparing.tools import ENCODE, SAMPLE, SIGN, Job, Tools
 from pretrain.data.preparing.work import do
 from pretrain.data.progress import Progress
 
-VERBS = {SAMPLE: "Reading", ENCODE: "Tokenizing", **dict.fromkeys(PARTS, "Writing shards")}
+VERBS = {SIGN: "Comparing", SAMPLE: "Reading", ENCODE: "Tokenizing", **dict.fromkeys(PARTS, "Writing shards")}
 
 
 @dataclass
@@ -91,5 +92,5 @@ class Stages:
 
 def remove(tools: Tools) -> None:
     """What the stages wrote, but not the plan: by it a start that comes now knows that all is done."""
-    for stage in VERBS:
+    for stage in (*VERBS, CLUSTERS):
         shutil.rmtree(tools.work / stage, ignore_errors=True)

@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pretrain.data.packing import Packer, packer_of, sentence_ends
 from pretrain.data.preparing.files import read_json, write_json, write_whole
 from pretrain.data.preparing.options import Options
-from pretrain.data.preparing.plan import Plan
+from pretrain.data.preparing.plan import MEND, Changed, Plan
 from pretrain.data.shards import dtype_of
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, open_tokenizer
 
-SAMPLE, ENCODE = "sample", "encode"
+if TYPE_CHECKING:  # imported where there is one
+    from pretrain.data.selection.select import Selection
+    from pretrain.data.selection.tally import Tally
+
+SIGN, SAMPLE, ENCODE = "sign", "sample", "encode"
 TOKENIZER = "tokenizer.json.sha256"  # stands for a tokenizer that is whole, and says which file it is
 
 Beat = Callable[[int, int], None]  # (bytes of text, tokens) that were done since the last call: a sign of life
@@ -45,7 +49,10 @@ class Tools:
 
     @cached_property
     def options(self) -> Options:
-        known = {one.name for one in fields(Options)} - {"tokenizer"}
+        known = {one.name for one in fields(Options)} - {
+            "tokenizer",
+            "select",
+        }  # these two the plan has by their content
         values = {name: value for name, value in self.plan.options.items() if name in known}
         return Options(**{**values, "user_symbols": tuple(values["user_symbols"])})
 
@@ -54,6 +61,31 @@ class Tools:
         file = read_json(self.work / TOKENIZER)["file"]
         assert file in FILES
         return open_tokenizer(file, (self.work / file).read_bytes())
+
+    @property
+    def known_tokenizer(self) -> Tokenizer | None:
+        """None before it is trained."""
+        return self.tokenizer if has_tokenizer(self.work) else None
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The plan's; raises Changed if its file, or one that it names, is another by now."""
+        if self.plan.selection is None:
+            return None
+        from pretrain.data.selection.select import Selection
+
+        found = Selection.load(self.plan.selection)
+        if found.fingerprint != self.plan.options["select"]:
+            raise Changed(f"{self.plan.selection}, or a file that it names, has changed since the work began. {MEND}")
+        return found
+
+    def new_tally(self) -> Tally | None:
+        """Counts what the selection does, where there is one."""
+        if self.selection is None:
+            return None
+        from pretrain.data.selection.tally import Tally
+
+        return Tally()
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
