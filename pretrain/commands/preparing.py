@@ -56,6 +56,12 @@ def _report(args: argparse.Namespace) -> Report | None:
     if args.merge:
         return prepare.merge_only(args.out, args.processes, strict=args.strict, timeout=timeout)
     options = _options_of(args)
+    if args.sample is not None and not args.dry_run:
+        raise UserError("--sample: has no effect without --dry-run")
+    if args.dry_run:
+        for line in prepare.rehearse(args.texts, options, args.stdlib, args.processes, args.sample):
+            print(line)
+        return None
     if args.pairs:
         return _pairs(args, options)
     if (args.source_length, args.target_length) != (None, None):
@@ -79,6 +85,7 @@ def _check_part(args: argparse.Namespace) -> None:
     parts = [
         name
         for name, given in (
+            ("--dry-run", args.dry_run),
             ("--plan", args.plan),
             ("--task", args.task is not None),
             ("--cluster", args.cluster),
@@ -88,13 +95,13 @@ def _check_part(args: argparse.Namespace) -> None:
     ]
     if len(parts) > 1:
         raise UserError(f"{' and '.join(parts)} are different parts of the work: give one at a time.")
-    if parts and parts[0] != "--plan":
+    if parts and parts[0] not in ("--plan", "--dry-run"):
         idle = [name for name, value in vars(args).items() if name not in AS_GIVEN and value not in (None, False, [])]
         if idle:
             names = ", ".join("the texts" if name == "texts" else f"--{name.replace('_', '-')}" for name in idle)
             raise UserError(f"{names}: belong to --plan, which has settled what {parts[0]} does; leave them out.")
     if args.pairs and (parts or args.restart or args.timeout is not None):
-        raise UserError("--pairs are prepared in one go: leave out --plan, --restart and --timeout.")
+        raise UserError(f"--pairs are prepared in one go: leave out {', '.join(parts) or '--restart and --timeout'}.")
 
 
 def _options_of(args: argparse.Namespace) -> Options:
@@ -213,6 +220,12 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
 
 def _part_options(command: argparse.ArgumentParser) -> None:
     """Those of work in several parts, and of work that was interrupted."""
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: tell from a sample what would be kept and dropped, and what would be written",
+    )
+    command.add_argument("--sample", type=int, metavar="N", help="with --dry-run: documents to look at (default: 2000)")
     command.add_argument("--restart", action="store_true", help="throw away what an interrupted start left unfinished")
     command.add_argument(
         "--timeout",

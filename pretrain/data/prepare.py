@@ -107,6 +107,30 @@ def plan_only(
         return tools.plan
 
 
+def rehearse(
+    texts: Sequence[str | Path],
+    options: Options,
+    stdlib: bool = False,
+    processes: int | None = None,
+    count: int | None = None,
+) -> Iterator[str]:
+    """Lines that tell what `prepare` would do, from a sample of about `count` documents; nothing is written."""
+    from pretrain.data.preparing import rehearsal
+
+    options.check()
+    processes, count = processes_of(processes), rehearsal.DOCUMENTS if count is None else count
+    if count < 1:
+        raise UserError(f"--sample must be at least 1, not {count}.")
+    if "-" in map(str, texts):
+        raise UserError("- cannot be sampled, since it is read from its beginning: keep it in a file, and name that.")
+    files = [*text_files(texts), *(stdlib_corpus() if stdlib else ())]
+    if not files:
+        raise UserError("There is no text to look at: name files or folders, or --stdlib.")
+    given = None if options.tokenizer is None else read_tokenizer(Path(options.tokenizer))
+    found = rehearsal.rehearse(files, options, given, _selection(options), count)
+    yield from rehearsal.lines_of(found, options, processes)
+
+
 def do_task(
     out: str | Path,
     task: int,

@@ -45,6 +45,14 @@ def cut(file: TextFile, total: int, size: int, split: str) -> Iterator[Span]:
     yield Span(start, total, line)
 
 
+def range_at(file: TextFile, total: int, start: int, size: int, split: str) -> Span:
+    """The documents that begin in `size` bytes from `start` on, of a file of `total` bytes; lines before it are not counted."""
+    paragraphs = not file.is_json_lines and split == "blank-line"
+    first = _next_start(file.path, start, paragraphs) if start else 0
+    end = _next_start(file.path, start + size, paragraphs) if start + size < total else total
+    return Span(first, max(first, end))
+
+
 def _next_start(path: Path, place: int, paragraphs: bool) -> int:
     """Where the first line, or the first line behind a blank one, begins at or after a place."""
     with open(path, "rb") as file:

@@ -21,7 +21,7 @@ SELECTION = """
 version: 1
 exact: {compare: normalized}
 near: {threshold: 0.7}
-length: {least_characters: 40}
+length: {min_characters: 40}
 """
 
 
