@@ -106,11 +106,11 @@ def _tokens_of(data: Path, loaded: Loaded, row: int = 0) -> tuple[np.ndarray, in
         manifest = Manifest.load(data)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
-        ids = np.concatenate([[tokenizer.eos], _all_tokens(manifest)])
+        tokens = np.concatenate([[tokenizer.eos], _all_tokens(manifest)])
         has_rows = manifest.packing.is_rows_of_text and manifest.packing.row == row
         if manifest.packing.is_rows_of_text:  # without the look-ahead of the last row
-            ids = ids[:-1] if has_rows else _unfilled(ids, tokenizer.eos)
-        return _something(data, ids), manifest.text_bytes, has_rows
+            tokens = tokens[:-1] if has_rows else _unfilled(tokens, tokenizer.eos)
+        return _something(data, tokens), manifest.text_bytes, has_rows
     if parts := sorted(data.glob("*/manifest.json")):
         raise UserError(f"--data {data}: name one folder of shards: {', '.join(str(part.parent) for part in parts)}")
     ids, text_bytes, skipped = [tokenizer.eos], 0, Skipped()

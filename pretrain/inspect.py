@@ -20,7 +20,6 @@ from pretrain.runs import run_config, run_tokenizer
 from pretrain.sizes import Sizes, parameters_of
 from pretrain.vocabulary import vocabulary_of
 
-
 SEQ_LENGTH = 256  # of a sample, where the folder has no rows
 
 

@@ -147,11 +147,11 @@ class Run:
         made = [self.objective(*micro) for micro in zip(*(part.split(micro_size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         own = rows[1][:, : self.plan.seq_length(self.state.step)]
-        filler = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
+        filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
         asked, keeper = self.interrupt.asked, self.keeper
         told = self.grid.total_on_host(
-            *counted.numpy().tolist(), filler, asked, keeper.failed, keeper.tries_again, self.profile.asked()
+            *counted.numpy().tolist(), filled, asked, keeper.failed, keeper.tries_again, self.profile.asked()
         )
         *targets, filler, stop, failed, again, profile = told
         if failed:

@@ -25,7 +25,7 @@ from pretrain.data import manifest as manifests
 from pretrain.data.documents import Skipped, TextFile, read_documents, stdlib_corpus, text_files
 from pretrain.data.encode import Encoder
 from pretrain.data.folder import whole_folder
-from pretrain.data.packing import LEAST, Packing, packer_of, sentence_ends
+from pretrain.data.packing import CONCATENATED, LEAST, Packing, packer_of, sentence_ends
 from pretrain.data.progress import Progress, print_report
 from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
 from pretrain.errors import UserError
@@ -37,7 +37,6 @@ VOCAB_SIZE = 8192
 VALIDATION = 0.01
 MAX_TRAIN_BYTES = 32 << 20
 PARTS = ("train", "validation")
-CONCATENATED = Packing()
 CONTENTS = (*PARTS, "stdin", "report.json")
 
 

@@ -188,7 +188,11 @@ def _check_row(manifest: Manifest, seq_length: int) -> None:
     row, kind = manifest.packing.row, manifest.packing.kind
     if row in (1, seq_length):
         return
-    again = "" if manifest.packing.is_pairs else f", or prepare the text again with --packing {kind} --seq-length {seq_length}"
+    again = (
+        ""
+        if manifest.packing.is_pairs
+        else f", or prepare the text again with --packing {kind} --seq-length {seq_length}"
+    )
     raise UserError(
         f"{manifest.folder} holds rows of {row:,} tokens ({manifest.packing}), which are read whole, not in sequences of "
         f"{seq_length:,}: read it with a sequence length of {row}{again}."

@@ -73,9 +73,7 @@ class Masked:
 
     predicts_text = False
 
-    def __init__(
-        self, config: ObjectiveConfig, symbols: Symbols, seed: int, lanes: int, rows: bool = False
-    ) -> None:
+    def __init__(self, config: ObjectiveConfig, symbols: Symbols, seed: int, lanes: int, rows: bool = False) -> None:
         """lanes: of the order; rows: whether samples are rows that were packed, each filled up behind its text."""
         self.config, self.symbols, self.seed, self.lanes, self.rows = config, symbols, seed, lanes, rows
         self.paired = config.pairs != "none"

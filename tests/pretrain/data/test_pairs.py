@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pretrain.config.objective import ObjectiveConfig
-from pretrain.data.manifest import Manifest
 from pretrain.data import pairs as packed
+from pretrain.data.manifest import Manifest
 from pretrain.data.pairs import TOO_LONG, Lengths, best_fit, prepare_pairs
 from pretrain.data.prepare import Options, Report
 from pretrain.data.stream import Stream
@@ -85,7 +85,8 @@ def test_every_pair_once_and_rows_in_the_order_of_their_first_pairs(shards: Path
     order = {pair: number for number, pair in enumerate(lines())}
     rows = [[order[pair] for pair in row] for row in rows_of(shards / "train")]
     assert [row[0] for row in rows] == sorted(row[0] for row in rows) and all(row == sorted(row) for row in rows)
-    assert sum(rows, []) != sorted(sum(rows, [])), "a later pair fills what is left of a row"
+    numbers = [number for row in rows for number in row]
+    assert numbers != sorted(numbers), "a later pair fills what is left of a row"
 
 
 def test_rows_are_full(shards: Path) -> None:
@@ -158,7 +159,9 @@ def test_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is packed by itself: pairs stay inside it."""
     monkeypatch.setattr(packed, "BLOCK", 50)
     options = Options(vocab_size=290, validation=0.0)
-    prepare_pairs([write_table(tmp_path / "pairs.tsv", lines(300))], tmp_path / "out", LENGTHS, options, say=lambda _: None)
+    prepare_pairs(
+        [write_table(tmp_path / "pairs.tsv", lines(300))], tmp_path / "out", LENGTHS, options, say=lambda _: None
+    )
     found = pairs_of(tmp_path / "out" / "train")
     for first in range(0, 300, 50):
         assert sorted(found[first : first + 50]) == sorted(lines(300)[first : first + 50])

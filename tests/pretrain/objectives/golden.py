@@ -45,7 +45,9 @@ HASHES = {
 def tokens_of(numbers: Tensor, width: int = WIDTH) -> Tensor:
     """(B, width): the same on every machine, with document ends, of which none is behind another."""
     places = np.arange(width)[None]
-    mixed = (numbers.numpy()[:, None] * 48271 + places * 40692 + places**2 * 131 + (numbers.numpy()[:, None] * places)) % 2**31
+    mixed = (
+        numbers.numpy()[:, None] * 48271 + places * 40692 + places**2 * 131 + (numbers.numpy()[:, None] * places)
+    ) % 2**31
     tokens = torch.from_numpy(mixed % TEXT)
     return torch.where(torch.from_numpy(mixed % 11 == 0) & (torch.arange(width) % 2 == 1), EOS, tokens)
 
@@ -93,7 +95,9 @@ def hash_of(batch: Any) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(batch._asdict().items()):
         if tensor is not None:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+            found.update(
+                f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes()
+            )
     return found.hexdigest()[:16]
 
 
