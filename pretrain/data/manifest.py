@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data import shards as layout
-from pretrain.data.packing import Packing
+from pretrain.data.packing import CONCATENATED, Packing
 from pretrain.errors import UserError
 from pretrain.tokenization.base import MAX_BYTES as MAX_TOKENIZER_BYTES
 from pretrain.tokenization.base import Tokenizer
@@ -70,7 +70,7 @@ class Manifest:
     tokens: int
     text_bytes: int
     shards: tuple[Shard, ...]
-    packing: Packing = Packing()
+    packing: Packing = CONCATENATED
     padding: int = 0  # tokens that are filler in rows; not counted before version 4
     version: int = VERSION  # of the format that it was written in
 

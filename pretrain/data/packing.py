@@ -77,6 +77,9 @@ class Packing:
         return len(self.lengths) == 1
 
 
+CONCATENATED = Packing()
+
+
 class Packer(Protocol):
     """Makes rows of documents. `padding`: places of the rows so far that filler takes."""
 

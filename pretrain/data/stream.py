@@ -217,6 +217,7 @@ def _check_same_tokenizer(manifests: list[Manifest]) -> None:
 
 
 def _split(tokens: Integers, eos: int) -> list[Integers]:
-    """The tokens cut after each document's end."""
+    """The tokens cut after each document's end, without the ends that only fill a row."""
     ends = np.flatnonzero(tokens == eos) + 1
-    return [part for part in np.split(tokens, ends) if part.size]
+    parts = [part for part in np.split(tokens, ends) if part.size]
+    return [part for number, part in enumerate(parts) if not number or part.size > 1 or part[0] != eos]

@@ -17,6 +17,11 @@ def filler(text: Tensor, eos: int) -> Tensor:
     return ends & F.pad(ends[:, :-1], (1, 0))
 
 
+def count_filler(text: Tensor, eos: int) -> int:
+    """Of text (B, L) the tokens that are filler."""
+    return int(filler(text, eos).sum())
+
+
 def lengths(text: Tensor, eos: int) -> Tensor:
     """(B,) int64: how many tokens of text (B, L) are left without the ends at its end."""
     places = (text != eos).long().cumsum(dim=1).argmax(dim=1)  # of the last token that is no end

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.packing import Packing
+from pretrain.data.packing import CONCATENATED
 from pretrain.data.prepare import prepare
 from pretrain.data.preparing.merge import write_manifest
 from pretrain.data.preparing.options import Options, Part, Report
@@ -58,7 +58,7 @@ def write_source(
     writer = ShardWriter(folder, dtype_of(tokenizer.vocab_size), tokens_per_chunk, per_shard)
     writer.add(tokens.astype(dtype_of(tokenizer.vocab_size)))
     entries = [Entry(**entry) for entry in writer.finish()]
-    write_manifest(folder, Part(1, len(tokens), len(tokens)), tokenizer, entries, writer.tokens_per_chunk, Packing())
+    write_manifest(folder, Part(1, len(tokens), len(tokens)), tokenizer, entries, writer.tokens_per_chunk, CONCATENATED)
     return folder
 
 
