@@ -8,7 +8,9 @@ word of the evaluation files.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +58,14 @@ class Runs:
 
     def _of(self, path: Path) -> Iterator[Words]:
         for batch in _grouped(texts_of(path)):
-            runs = Texts(batch).bare
+            runs = Texts([_normal(text) for text in batch]).bare
             self.num_texts += len(batch)
             self.num_short += int((np.diff(runs.offsets) < self.size).sum())
             yield np.unique(runs.run_keys(self.size)[1])
 
     def find(self, text: str) -> Found | None:
         """The first run in the text, if there is one. Memory is bounded: a long text is looked at piece by piece."""
-        for piece in pieces(text, self.size):
+        for piece in pieces(_normal(text), self.size):
             texts = Texts([piece])
             first, keys = texts.bare.run_keys(self.size)
             if len(keys) and (hits := np.flatnonzero(among(keys, self.keys))).size:
@@ -74,6 +76,10 @@ class Runs:
         owner: Array = self._owners[np.searchsorted(self.keys, key)]
         start, end = int(words.starts[first]) - 1, int(words.ends[first + self.size - 1]) - 1
         return Found(self.files[int(owner)], text[start:end])
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
@@ -96,9 +102,9 @@ def texts_of(path: Path) -> Iterator[str]:
         if len(data) > MAX_BYTES:
             raise UserError(f"{path}: an evaluation file of more than {MAX_BYTES >> 30} GiB; cut it into several.")
         text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError, *compressed.DAMAGED) as error:
+        yield from _cells(text, TABLES[suffix]) if suffix in TABLES else [text]
+    except (OSError, UnicodeDecodeError, csv.Error, *compressed.DAMAGED) as error:
         raise UserError(f"{path}: cannot be read as an evaluation file: {error}") from None
-    yield from _cells(text, TABLES[suffix]) if suffix in TABLES else [text]
 
 
 def _cells(text: str, delimiter: str) -> Iterator[str]:
@@ -106,7 +112,7 @@ def _cells(text: str, delimiter: str) -> Iterator[str]:
     if delimiter == "\t":
         yield from (cell for line in text.splitlines() for cell in line.split("\t"))
         return
-    for row in csv.reader(text.splitlines(), delimiter=delimiter):
+    for row in csv.reader(io.StringIO(text), delimiter=delimiter):
         yield from row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def _probability(identifier: Any, text: str, wanted: set[str]) -> float:
     return round(sum(chance for name, chance in identifier.rank(text) if name in wanted), 4)
 
 
+@functools.cache
 def _identifier() -> Any:
+    """Read once a process: half a second."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:

@@ -23,7 +23,8 @@ table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid #e3e6e9 }
 th { font-weight: 600; color: #5b636b } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.bar { width: 30% } .share { background: #3b7dd8; height: .7rem; margin-top: .35rem; border-radius: 2px }
-tr.total td { font-weight: 600 } tr.none td { color: #a3abb3 } .quiet { color: #5b636b } .name { overflow-wrap: anywhere } td.name { min-width: 13rem }
+tr.total td { font-weight: 600 } tr.none td { color: #a3abb3 } .quiet { color: #5b636b } .name { overflow-wrap: anywhere }
+td.name { min-width: 13rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem } figure { margin: 0 }
 figcaption { font-size: .85rem; color: #5b636b } svg { width: 100%; height: auto; display: block }
 .example { border-left: 3px solid #e3e6e9; padding: .1rem .8rem; margin: .5rem 0 } .example p { margin: .1rem 0 }
