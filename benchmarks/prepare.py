@@ -214,9 +214,8 @@ def _print(result: dict[str, Any]) -> None:
         by = result["processes"] if ", N" in name else 1
         told = f"{ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f}), by the clock {clock / by:.2f} x a process"
         print(f"  {name:<28}{told}; goal: at least {GOALS[name]}, {_judged(ratio['median'] >= GOALS[name])}")
-    print(
-        f"  {'bytes beside the tokens':<28}{result['overhead']:.2%}; goal: at most {OVERHEAD:.1%}, {_judged(result['overhead'] <= OVERHEAD)}"
-    )
+    overhead = f"{result['overhead']:.2%}; goal: at most {OVERHEAD:.1%}, {_judged(result['overhead'] <= OVERHEAD)}"
+    print(f"  {'bytes beside the tokens':<28}{overhead}")
     print(f"  {'decoding again / encoding':<28}{result['share_of_the_check']:.1%} of the processor seconds")
 
 
