@@ -31,7 +31,7 @@ from pretrain.config.load import load_config
 from pretrain.config.run import Config
 from pretrain.data.made import docstrings
 from pretrain.data.pairs import Lengths, prepare_pairs
-from pretrain.data.prepare import Options
+from pretrain.data.preparing.options import Options
 from pretrain.data.stream import Stream
 from pretrain.loading import load_model
 from pretrain.models.transformer import EncoderDecoder

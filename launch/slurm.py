@@ -39,7 +39,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="a job of Slurm",
         description="Write a batch script into RUN/launch and submit it. Before the time limit the run saves and the job is "
         "requeued; a job that fails is too, until it fails for good. `python -m launch status RUN` tells what became of it.",
-        usage="python -m launch slurm CONFIG --nodes N --time T [options] [section.key=value ...]",
+        usage="python -m launch slurm CONFIG --nodes N --time T [options] [section.key=value ...]\n"
+        "       python -m launch slurm DIR --tasks N --time T [options]",
         epilog=f"example: {EXAMPLE}",
     )
     add_run_options(slurm)
@@ -58,7 +59,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def _size_options(slurm: argparse.ArgumentParser) -> None:
-    slurm.add_argument("--nodes", type=int, required=True, metavar="N", help="how many nodes")
+    slurm.add_argument("--nodes", type=int, metavar="N", help="how many nodes")
     slurm.add_argument("--time", required=True, metavar="T", help="limit of each attempt, as sbatch takes it: 24:00:00")
     slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs, and as many processes, a node")
     slurm.add_argument(
@@ -87,6 +88,12 @@ def _environment_options(slurm: argparse.ArgumentParser) -> None:
 
 
 def _attempt_options(slurm: argparse.ArgumentParser) -> None:
+    slurm.add_argument(
+        "--tasks",
+        type=int,
+        metavar="N",
+        help="of a folder that `pretrain prepare --plan` planned: an array that prepares it",
+    )
     slurm.add_argument("--seeds", metavar="LIST", help="a job array: run.seed 1-4 or 1,5,7, each in RUN/seed-N")
     slurm.add_argument("--at-once", type=int, metavar="N", help="jobs of an array that may run at once (default: all)")
     slurm.add_argument(
@@ -104,7 +111,14 @@ def _attempt_options(slurm: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check all that can be known, write the script, submit it; the exit code."""
+    if args.tasks is not None:
+        from launch import preparing
+
+        return preparing.run(args)
     from launch.script import render
+
+    if args.nodes is None:
+        raise UserError("--nodes: how many are needed is not given")
 
     if args.gpus_per_node and args.processes_per_node not in (None, args.gpus_per_node):
         raise UserError("--processes-per-node: with GPUs there are as many processes a node as --gpus-per-node")
@@ -114,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(script, end="")
         return Exit.FINISHED
-    _check_slurm(job)
+    check_slurm(job.run)
     _write(args.config, job, script)
     jobs = _submit(job)
     _note(job, jobs)
@@ -204,14 +218,15 @@ def _mounts(args: argparse.Namespace, config: Config, run: Path) -> tuple[Path, 
     return tuple(sorted(one for one in folders if not any(other in one.parents for other in folders)))
 
 
-def _check_slurm(job: Job) -> None:
+def check_slurm(run: Path) -> None:
+    """Raises UserError where nothing can be submitted, or a job has the folder."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit where Slurm's commands are (--dry-run shows the script anywhere)")
     from launch.queue import live
 
-    submitted = [one for line in attempts.read(job.run) if line["event"] == "submitted" for one in line["jobs"]]
+    submitted = [one for line in attempts.read(run) if line["event"] == "submitted" for one in line["jobs"]]
     if running := live(submitted):
-        raise UserError(f"run.dir: {job.run} is in the hands of job {', '.join(running)} (scancel it, or wait)")
+        raise UserError(f"run.dir: {run} is in the hands of job {', '.join(running)} (scancel it, or wait)")
 
 
 def _write(source: str, job: Job, script: str) -> None:
@@ -221,13 +236,14 @@ def _write(source: str, job: Job, script: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (job.run / LOGS).mkdir(exist_ok=True)  # Slurm makes no folder, and a job that cannot write ends without a word
         if not Path(source).is_dir():
-            _write_whole(folder / CONFIG, Path(source).read_text(), 0o600)
-        _write_whole(folder / SCRIPT, script, 0o700)
+            write_whole(folder / CONFIG, Path(source).read_text(), 0o600)
+        write_whole(folder / SCRIPT, script, 0o700)
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from error
 
 
-def _write_whole(path: Path, text: str, mode: int) -> None:
+def write_whole(path: Path, text: str, mode: int) -> None:
+    """A file of this mode, there whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
@@ -240,7 +256,7 @@ def _submit(job: Job) -> list[str]:
     jobs: list[str] = []
     for _ in range(job.chain):
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-        jobs.append(_sbatch([*after, f"--chdir={job.run}", str(job.run / LAUNCH / SCRIPT)]))
+        jobs.append(sbatch([*after, f"--chdir={job.run}", str(job.run / LAUNCH / SCRIPT)]))
     return jobs
 
 
@@ -252,7 +268,7 @@ def _note(job: Job, jobs: list[str]) -> None:
         attempts.note(member.folder, "submitted", jobs=[f"{jobs[0]}_{member.number}"], **shared)
 
 
-def _sbatch(arguments: Sequence[str]) -> str:
+def sbatch(arguments: Sequence[str]) -> str:
     """The job's number. Without a shell, so that no path is read as anything else."""
     result = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
     if result.returncode:

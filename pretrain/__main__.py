@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.commands import interchange, training, using
+from pretrain.commands import interchange, preparing, training, using
 from pretrain.errors import Exit, UserError
 
 OURS = ("kernels", "parallel", "launch")
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    for room in (training, using, interchange):
+    for room in (preparing, training, using, interchange):
         room.add_commands(add)
     return top
 

@@ -23,6 +23,7 @@ from parallel.mixout import Mixout
 from parallel.schedules import Schedule
 from parallel.stages import Stage, cuts, layers_of_parts, parameter_paths
 from parallel.zero import make_engine
+from pretrain.activations import alone
 from pretrain.config.model import layer_parameters
 from pretrain.config.run import Config
 from pretrain.errors import UserError
@@ -58,7 +59,9 @@ def build(config: Config, grid: Grid, shape: Sizes, values: Values | None = None
     compiled, why = choose_compile(config, grid)
     dtype = DTYPES[config.precision.compute]
     objective = config.objective
-    apart = objective.has_head or not objective.attention_across_documents  # padding is kept apart as documents are
+    # Filler of rows and padding are kept apart as documents are.
+    hidden = shape.fills_rows and objective.kind in ("masked", "span-corruption")
+    apart = objective.has_head or hidden or alone(config)
     backends = Backends(config.kernels.attention, grid.device, dtype, documents=apart)
     stages = build_stages(config, grid, shape, dtype, compiled, backends)
     kernels, passed_over = try_kernels(choose_kernels(config, grid, dtype), backends)

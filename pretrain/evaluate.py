@@ -73,9 +73,10 @@ def _batches(ids: np.ndarray, length: int, stride: int, size: int) -> Iterator[t
 
 
 @torch.inference_mode()
-def objective_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[str, float]:
+def objective_scores(loaded: Loaded, ids: np.ndarray, batch_size: int, has_rows: bool = False) -> dict[str, float]:
     """Loss and accuracy of what the run's own objective hides of the ids, cut into sequences. The last one is filled up with
-    document ends, which a masked objective never hides; an encoder-decoder's leaves it out where there is another."""
+    document ends, which no objective learns from; an encoder-decoder's leaves it out where there is another. has_rows: the
+    ids are rows that were packed."""
     config, model, length = loaded.config, loaded.model, loaded.config.data.seq_length
     whole = len(ids) // length
     rows = whole if isinstance(model, EncoderDecoder) and whole else -(-len(ids) // length)
@@ -83,7 +84,7 @@ def objective_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[s
     tokens[: len(ids)] = ids[: len(tokens)]
     cut = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     vocabulary = vocabulary_of(config, loaded.tokenizer)
-    objective = objective_of(config, loaded.tokenizer, vocabulary, lanes=1)
+    objective = objective_of(config, loaded.tokenizer, vocabulary, 1, has_rows)
     device = next(model.parameters()).device
     sums, counts = torch.zeros(objective.num_sums, dtype=torch.float64), torch.zeros(len(objective.terms)).double()
     for first in range(0, rows, batch_size):
@@ -96,15 +97,20 @@ def objective_scores(loaded: Loaded, ids: np.ndarray, batch_size: int) -> dict[s
     return {"loss": result.loss, **result.scores, "targets": result.targets, "sequences": rows}
 
 
-def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
-    """The ids of text (a file or a folder, each document with its end) or of shards, and the bytes of text behind them.
-    A document end stands before the first, so that every token of the data is scored."""
+def _tokens_of(data: Path, loaded: Loaded, row: int = 0) -> tuple[np.ndarray, int, bool]:
+    """The ids of text (a file or a folder, each document with its end) or of shards, the bytes of text behind them, and
+    whether they are rows of `row` tokens; what fills other rows is left out. A document end stands before the first, so that
+    every token of the data is scored."""
     tokenizer = loaded.tokenizer
     if (data / "manifest.json").is_file():
         manifest = Manifest.load(data)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"--data {data}: these shards were made with another tokenizer than the model's")
-        return _something(data, np.concatenate([[tokenizer.eos], _all_tokens(manifest)])), manifest.text_bytes
+        tokens = np.concatenate([[tokenizer.eos], _all_tokens(manifest)])
+        has_rows = manifest.packing.is_rows_of_text and manifest.packing.row == row
+        if manifest.packing.is_rows_of_text:  # without the look-ahead of the last row
+            tokens = tokens[:-1] if has_rows else _unfilled(tokens, tokenizer.eos)
+        return _something(data, tokens), manifest.text_bytes, has_rows
     if parts := sorted(data.glob("*/manifest.json")):
         raise UserError(f"--data {data}: name one folder of shards: {', '.join(str(part.parent) for part in parts)}")
     ids, text_bytes, skipped = [tokenizer.eos], 0, Skipped()
@@ -112,7 +118,13 @@ def _tokens_of(data: Path, loaded: Loaded) -> tuple[np.ndarray, int]:
         ids += [*tokenizer.encode(document.text), tokenizer.eos]
         text_bytes += len(document.text.encode())
     _check_all_read(data, skipped)
-    return _something(data, np.asarray(ids, dtype=np.int64)), text_bytes
+    return _something(data, np.asarray(ids, dtype=np.int64)), text_bytes, False
+
+
+def _unfilled(ids: np.ndarray, eos: int) -> np.ndarray:
+    """The ids without ends behind an end."""
+    ends = ids == eos
+    return ids[np.append(True, ~(ends[1:] & ends[:-1]))]
 
 
 def _something(data: Path, ids: np.ndarray) -> np.ndarray:
@@ -155,7 +167,7 @@ def main(args: Namespace) -> int:
     stride = length if args.stride is None else args.stride
     if not 1 <= stride <= length:
         raise UserError(f"--stride {stride}: give 1 to {length}, the model's length")
-    ids, text_bytes = _tokens_of(Path(args.data), loaded)
+    ids, text_bytes, _ = _tokens_of(Path(args.data), loaded)
     total, count = sum_loss(loaded.model, ids, stride, args.batch_size)
     loss = total / count
     result = {
@@ -221,10 +233,11 @@ def _hidden(loaded: Loaded, args: Namespace) -> dict[str, float]:
     """What an objective that hides a part of each sequence gets of a text."""
     if args.stride is not None:
         raise UserError(f"--stride {args.stride}: this objective's sequences do not overlap; leave it out")
-    ids, text_bytes = _tokens_of(Path(args.data), loaded)
-    scores = objective_scores(loaded, ids[1:], args.batch_size)
+    ids, text_bytes, has_rows = _tokens_of(Path(args.data), loaded, loaded.config.data.seq_length)
+    scores = objective_scores(loaded, ids[1:], args.batch_size, has_rows)
     if loaded.config.objective.kind == "prefix":
-        scores["bits_per_byte"] = scores["loss"] / math.log(2) * len(ids[1:]) / max(text_bytes, 1)
+        count = len(_unfilled(ids, loaded.tokenizer.eos)) - 1
+        scores["bits_per_byte"] = scores["loss"] / math.log(2) * count / max(text_bytes, 1)
     return {**scores, "step": loaded.step}
 
 

@@ -20,6 +20,8 @@ from pretrain.runs import run_config, run_tokenizer
 from pretrain.sizes import Sizes, parameters_of
 from pretrain.vocabulary import vocabulary_of
 
+SEQ_LENGTH = 256  # of a sample, where the folder has no rows
+
 
 def main(args: Namespace) -> int:
     """Tell of a run's folder or of a folder of shards, whichever it is. Raises UserError where it is neither."""
@@ -53,6 +55,8 @@ def _data(path: Path, args: Namespace, console: Console) -> int:
 def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "documents", f"{manifest.documents:,}"
     yield "tokens", f"{manifest.tokens:,} ({manifest.dtype.name})"
+    filler = f", {manifest.padding / manifest.tokens:.2%} of them filler" if manifest.packing.row > 1 else ""
+    yield "packing", f"{manifest.packing}{filler}"
     yield "bytes of text", f"{manifest.text_bytes:,} ({manifest.text_bytes / manifest.tokens:.2f} per token)"
     yield "vocabulary", f"{manifest.vocab_size:,}"
     yield "special ids", ", ".join(f"{name} {index}" for name, index in manifest.special.items())
@@ -65,7 +69,8 @@ def _sample(path: Path, args: Namespace, console: Console) -> None:
     """One training sequence, as the model will see it."""
     if args.sample < 0:
         raise UserError(f"--sample {args.sample}: sample numbers begin at 0")
-    stream = Stream([path], args.seq_length, args.seed)
+    row = Manifest.load(path).packing.row
+    stream = Stream([path], args.seq_length or (row if row > 1 else SEQ_LENGTH), args.seed)
     found = stream.explain(args.sample)
     stream.close()
     place = f"{found['shard']}, chunk {found['chunk']}, token {found['first_token']:,}"

@@ -1,7 +1,7 @@
 """What a run says of itself, by rank 0: the terminal, metrics.jsonl, TensorBoard, summary.json, of a task result.json.
 
 Rates are of the wall clock between steps, all included (data, forward, backward, update, this report) but validation,
-samples and saving; the first step after a start, and of each phase, compiles and warms up, and is left out.
+samples and saving; the first step after a start, and of each phase, compiles and warms up, and is left out. Filler is no token.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Silent:
     def back(self, state: State, words: str, facts: dict[str, Any]) -> None:
         """It has sent the run back to `state`: what was reported beyond is taken back."""
 
-    def step_done(self, step: int, waited: float) -> None:
-        """The step-th step ended, of which `waited` seconds were for data."""
+    def step_done(self, step: int, waited: float, filler: int = 0) -> None:
+        """The step-th step ended, of which `waited` seconds were for data; filler: tokens that only fill rows."""
 
     def log(self, **fields: Any) -> None:
         """The numbers of a step that is due."""
@@ -228,9 +228,9 @@ class Reporter(Silent):
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}")
 
-    def step_done(self, step: int, waited: float) -> None:
+    def step_done(self, step: int, waited: float, filler: int = 0) -> None:
         phase = self.plan.phase(step - 1)
-        self.rates.add(self._seen(step) - self._seen(step - 1), waited, self.flops[phase])
+        self.rates.add(self._seen(step) - self._seen(step - 1) - filler, waited, self.flops[phase])
         self.terminal.step()
         if step < self.plan.total_steps and self.plan.phase(step) > phase:
             self.terminal.say(f"step {step:,}: {self._phase(self.plan.phase(step))}")

@@ -9,11 +9,12 @@ from pretrain.config.run import Config
 
 
 class Sizes(NamedTuple):
-    """Rows of the vocabulary; of a task outputs of a place, and sequences an example."""
+    """Rows of the vocabulary; of a task outputs of a place, and sequences an example; whether a sequence may end with filler."""
 
     vocab_size: int
     num_outputs: int = 0
     num_rows: int = 1
+    fills_rows: bool = False
 
 
 def parameters_of(config: Config, shape: Sizes) -> int:

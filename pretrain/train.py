@@ -32,6 +32,7 @@ from pretrain.interrupt import Interrupt
 from pretrain.keeping import Keeper
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
+from pretrain.objectives.filler import count_filler
 from pretrain.policy import Policy
 from pretrain.profile import Profiler
 from pretrain.report import Silent
@@ -48,6 +49,7 @@ class StepData(NamedTuple):
     tokens: np.ndarray  # (n, S + 1), with those of further samples behind them (n, 2 (S + 1))
     batches: list[AnyBatch]  # the same as micro-batches
     size: int  # sequences of the step over all ranks
+    filler: int  # of their tokens, over all ranks, what only fills rows
     targets: list[float]  # targets of each term of the loss that count, over all ranks
     stop: bool  # some rank was asked to stop
     save: bool  # what could not be saved before may have room now
@@ -145,19 +147,21 @@ class Run:
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         made = [self.objective(*micro) for micro in zip(*(part.split(micro_size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
+        own = rows[1][:, : self.plan.seq_length(self.state.step)]
+        filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
         self.heartbeat.mark(self.state.step + 1, "count of targets")
         asked, keeper = self.interrupt.asked, self.keeper
         told = self.grid.total_on_host(
-            *counted.numpy().tolist(), asked, keeper.failed, keeper.tries_again, self.profile.asked()
+            *counted.numpy().tolist(), filled, asked, keeper.failed, keeper.tries_again, self.profile.asked()
         )
-        *targets, stop, failed, again, profile = told
+        *targets, filler, stop, failed, again, profile = told
         if failed:
             keeper.finish(self.reporter)
         if profile:
             self.reporter.say(self.profile.ask(self.state.step + 1, self.plan.total_steps))
         batches = [batch.to(self.grid.device) for batch in made]
         size = len(numbers) * self.grid.data_size
-        return StepData(numbers, tokens, batches, size, targets, stop > 0, again > 0, waited)
+        return StepData(numbers, tokens, batches, size, int(filler), targets, stop > 0, again > 0, waited)
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
         """This rank's sum of losses, one a term; gradients of the terms' means over all their targets accumulate."""
@@ -263,7 +267,7 @@ class Run:
         return self.plan.due(every, self.state.step, self.state.step + 1)
 
     def log(self, data: StepData, loss: torch.Tensor, update: Step) -> None:
-        self.reporter.step_done(self.state.step, data.waited)
+        self.reporter.step_done(self.state.step, data.waited, data.filler)
         self.keeper.tell(self.reporter)
         if change := self.sources.event(self.state.step, self.state.skipped):
             self.reporter.say(change)

@@ -147,7 +147,7 @@ def result_of(objective: TextObjective, sums: list[float], counts: list[float], 
     bits = None
     if objective.predicts_text and stream is not None:
         manifest = stream.manifests[0]
-        bits = loss / math.log(2) * manifest.tokens / max(manifest.text_bytes, 1)
+        bits = loss / math.log(2) * (manifest.tokens - manifest.padding) / max(manifest.text_bytes, 1)
     scores = {f"{name}_loss": mean for name, mean in zip(terms, means, strict=False)} if len(terms) > 1 else {}
     scores |= {accuracy_of(name): mean for name, mean in zip(terms, means[len(terms) :], strict=False)}
     return Result(loss, bits, int(counts[0]), scores)

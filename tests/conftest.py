@@ -63,7 +63,8 @@ def ranks() -> Callable[..., list[Any]]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and validation/: 40 small modules of the standard library, 512 tokens, sequences of up to
     32 divide the chunks. Not to be changed by a test."""
-    from pretrain.data.prepare import Options, prepare
+    from pretrain.data.prepare import prepare
+    from pretrain.data.preparing.options import Options
 
     folder = Path(sysconfig.get_paths()["stdlib"])
     small = (path for path in sorted(folder.glob("*.py")) if 2_000 < path.stat().st_size < 12_000)

@@ -28,7 +28,8 @@ from parallel.layout import Layout, layout_problems
 from pretrain import comparison, verify
 from pretrain.config.load import load_config, shapes_of
 from pretrain.config.run import Config
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from tests.distributed import REPOSITORY, run_ranks, stop_zygotes
 
 MOST_PROCESSES = 8

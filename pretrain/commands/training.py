@@ -1,4 +1,4 @@
-"""The commands that make shards and runs: prepare, train, preflight, verify, sweep. Each imports what it needs when it runs."""
+"""The commands that make runs: train, preflight, verify, sweep. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ import os
 from pretrain.commands.adding import Add
 from pretrain.config.profile import add_profile_option, check_profiled
 from pretrain.errors import UserError
-
-
-def _prepare(args: argparse.Namespace) -> int:
-    from pretrain.data import prepare
-
-    prepare.main(args)
-    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -66,9 +59,6 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def add_commands(add: Add) -> None:
-    _prepare_options(
-        add("prepare", _prepare, "Text to shards of tokens.", "prepare corpus/ --out shards --vocab-size 8192")
-    )
     train = add("train", _train, "Train, or go on training.", "train configs/gpt/demo.yaml run.seed=2")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a run's folder to go on with")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="what is to differ from the file")
@@ -122,66 +112,6 @@ def _preflight_options(command: argparse.ArgumentParser) -> None:
         default=1,
         metavar="MB/S",
         help="that an all-reduce of each group must reach, unless parallel.bandwidth_floor says so (default: 1)",
-    )
-
-
-def _prepare_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="text files, .jsonl(.gz, .zst), folders, or - for standard input"
-    )
-    command.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder for train/, validation/ and the report"
-    )
-    command.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources as corpus")
-    command.add_argument(
-        "--pairs",
-        action="store_true",
-        help="TEXT is a table of sources and targets (.tsv, .csv, .jsonl), or two files whose lines belong together",
-    )
-    for side in ("source", "target"):
-        text = f"with --pairs: tokens of a row's {side}s; a longer pair is left out (default: 128)"
-        command.add_argument(f"--{side}-length", type=int, metavar="N", help=text)
-    command.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="of the tokenizer that is trained (default: 8192, or what the text supports)",
-    )
-    command.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="to use instead of training one: a SentencePiece .model, or Hugging Face's tokenizer.json, vocab.txt or folder",
-    )
-    command.add_argument("--model-type", choices=("bpe", "unigram"), help="kind of tokenizer to train (default: bpe)")
-    command.add_argument("--user-symbols", nargs="+", metavar="TEXT", help="strings that always are one token")
-    command.add_argument(
-        "--validation",
-        type=float,
-        metavar="FRACTION",
-        help="share of documents held out, by their hash (default: 0.01)",
-    )
-    command.add_argument(
-        "--split", choices=("file", "blank-line"), help="what a document is in text files (default: file)"
-    )
-    command.add_argument("--text-field", metavar="NAME", help="field of JSON lines that holds the text (default: text)")
-    command.add_argument(
-        "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
-    )
-    command.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processes that tokenize (default: one a core); never changes the result",
-    )
-    command.add_argument(
-        "--max-train-bytes",
-        type=int,
-        metavar="N",
-        help="text that the tokenizer is trained on, at most (default: 32 MiB)",
-    )
-    command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
-    command.add_argument(
-        "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
     )
 
 

@@ -187,7 +187,7 @@ def _inspect_options(add: Add) -> None:
     inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
     inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
     inspect.add_argument(
-        "--seq-length", type=int, default=256, metavar="T", help="with --sample: tokens a sequence (default: 256)"
+        "--seq-length", type=int, metavar="T", help="with --sample: tokens a sequence (default: 256, or a packed row)"
     )
     inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
 

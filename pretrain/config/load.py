@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,6 +19,8 @@ from pretrain.config.duration import Span
 from pretrain.config.run import Config
 from pretrain.config.section import Inconsistent
 from pretrain.errors import UserError
+
+Root = TypeVar("Root", bound=BaseModel)
 
 # What may differ when a run is resumed. Nothing here decides the numbers of a step: the data is known by its hashes,
 # wherever it lies. schedule.total may only grow.
@@ -50,13 +52,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return checked_config(values, f"{path}: this configuration cannot be used", problems)
 
 
+def load_section(path: str | Path, root: type[Root]) -> Root:
+    """What a YAML file of another kind than a run's says, by the same rules. Raises UserError with every problem."""
+    return _checked(_read(Path(path), root), root, f"{path}: this file cannot be used")
+
+
 def checked_config(values: dict[str, Any], title: str, problems: Sequence[Problem] = ()) -> Config:
     """The config of these values by section. Raises UserError, under the title, with what is wrong beside `problems`."""
+    return _checked(values, Config, title, problems)
+
+
+def _checked(values: dict[str, Any], root: type[Root], title: str, problems: Sequence[Problem] = ()) -> Root:
     found = list(problems)
     try:
-        config = Config.model_validate(values)
+        config = root.model_validate(values)
     except ValidationError as error:
-        found += _translate(error)
+        found += _translate(error, root)
     if found:
         raise problem_error(title, found)
     return config
@@ -153,12 +164,12 @@ def _sections_of(value: Any) -> bool:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, root: type[BaseModel] = Config) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(yaml.MAX_BYTES + 1).decode()  # a wrong path may lead to gigabytes
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file{_ready()}") from None
+        raise UserError(f"{path}: there is no such file{_ready() if root is Config else ''}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
     try:
@@ -167,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(
-            f"{path}: a configuration is a mapping of sections ({', '.join(Config.model_fields)}), found {values!r:.60}"
+            f"{path}: a configuration is a mapping of sections ({', '.join(root.model_fields)}), found {values!r:.60}"
         )
     return values
 
@@ -205,7 +216,7 @@ def _apply(values: dict[str, Any], override: str) -> list[Problem]:
 # -- pydantic's errors in this program's words -----------------------------------------------------------------------
 
 
-def _translate(error: ValidationError) -> list[Problem]:
+def _translate(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
     between: list[Problem] = []
     found: dict[str, tuple[int, Problem]] = {}
     for item in error.errors():
@@ -214,27 +225,27 @@ def _translate(error: ValidationError) -> list[Problem]:
         if isinstance(reason, Inconsistent):
             between += [problem._replace(path=".".join([*keys, problem.path])) for problem in reason.problems]
             continue
-        problem = _unknown(keys) if item["type"] == "extra_forbidden" else _invalid(keys, item)
+        problem = _unknown(keys, root) if item["type"] == "extra_forbidden" else _invalid(keys, item, root)
         # Each alternative of a union has its own error: the one that was followed furthest is meant.
         if len(keys) > found.get(problem.path, (0, problem))[0]:
             found[problem.path] = len(keys), problem
     return [*(problem for _, problem in found.values()), *between]
 
 
-def _unknown(keys: list[str]) -> Problem:
-    section = _section(keys[:-1])
+def _unknown(keys: list[str], root: type[BaseModel]) -> Problem:
+    section = _section(keys[:-1], root)
     names = list(section.model_fields)
     inside = sorted((name for name in names if keys[-1] in name), key=len)
     close = inside[:1] or difflib.get_close_matches(keys[-1], names, 1)
     near = [".".join([*keys[:-1], name]) for name in close]
-    elsewhere = [f"{name}.{keys[-1]}" for name, part in _sections() if keys[-1] in part.model_fields]
+    elsewhere = [f"{name}.{keys[-1]}" for name, part in _sections(root) if keys[-1] in part.model_fields]
     meant = " or ".join([*near, *elsewhere])
     mend = f"did you mean {meant}?" if meant else f"there are: {', '.join(names)}"
     return Problem(".".join(keys), "unknown key", mend)
 
 
-def _invalid(keys: list[str], item: Any) -> Problem:
-    field = _field(keys)
+def _invalid(keys: list[str], item: Any, root: type[BaseModel]) -> Problem:
+    field = _field(keys, root)
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid ", "a ")
     message = message.replace("a integer", "a whole number").replace("a boolean", "true or false")
     if item["type"] == "model_type":
@@ -247,27 +258,27 @@ def _invalid(keys: list[str], item: Any) -> Problem:
     # Unions add the name of the alternative that was tried to the path: keep the field's own.
     while field is None and len(keys) > 1:
         keys = keys[:-1]
-        field, path = _field(keys), ".".join(keys)
+        field, path = _field(keys, root), ".".join(keys)
     mend = f"it is: {field.description}" if field is not None and field.description else ""
     return Problem(path, message, mend or "give it fields, or leave it out")
 
 
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in Config.model_fields.items():
+def _sections(root: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in root.model_fields.items():
         if (part := _model_of(field)) is not None:
             yield name, part
 
 
-def _section(keys: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section(keys: list[str], root: type[BaseModel]) -> type[BaseModel]:
+    section = root
     for key in keys:
         if key in section.model_fields:
             section = _model_of(section.model_fields[key]) or section
     return section
 
 
-def _field(keys: list[str]) -> FieldInfo | None:
-    return _section(keys[:-1]).model_fields.get(keys[-1]) if keys else None
+def _field(keys: list[str], root: type[BaseModel]) -> FieldInfo | None:
+    return _section(keys[:-1], root).model_fields.get(keys[-1]) if keys else None
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:

@@ -18,7 +18,7 @@ FEED = 512  # compressed bytes a call: a block of 4 may stand for 128 KiB, so th
 def open_bytes(path: Path) -> IO[bytes]:
     """A buffered binary stream of the file's text. Reading raises one of DAMAGED where the compression is broken."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
+    if suffix in (".gz", ".tgz"):
         return cast(IO[bytes], gzip.open(path, "rb"))
     if suffix == ".zst":
         return io.BufferedReader(_ZstandardFile(path), 1 << 18)

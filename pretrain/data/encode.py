@@ -40,15 +40,18 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> Encoded:
-    """Encode a batch, and decode it again to see whether the text comes back."""
-    parts, altered = [], []
+    """Encode a batch, and decode it again to see whether the text comes back; documents that came as tokens keep these."""
+    texts = [document for document in documents if document.tokens is None]
+    rows = [tokenizer.encode(document.text) for document in texts]
+    again = tokenizer.decode_many(rows)
+    altered = [document.name for document, text in zip(texts, again, strict=True) if text != document.text]
+    dtype, found = dtype_of(tokenizer.vocab_size), iter(rows)
+    parts, lengths, end = [], [], np.array([tokenizer.eos], dtype_of(tokenizer.vocab_size))
     for document in documents:
-        ids = tokenizer.encode(document.text)
-        if tokenizer.decode(ids) != document.text:
-            altered.append(document.name)
-        ids.append(tokenizer.eos)
-        parts.append(np.array(ids, dtype_of(tokenizer.vocab_size)))
-    return Encoded(np.concatenate(parts), [len(part) for part in parts], altered)
+        ids = np.asarray(next(found) if document.tokens is None else document.tokens, dtype)
+        parts += [ids, end]
+        lengths.append(len(ids) + 1)
+    return Encoded(np.concatenate(parts) if parts else np.empty(0, dtype), lengths, altered)
 
 
 class Encoder:

@@ -1,7 +1,8 @@
 """A folder that appears whole or not at all: written beside its place under a hidden name, then renamed.
 
-A run that was killed leaves the hidden folder behind. The next one recognises it as nobody's (its lock is free), says
-so and starts again; one that is still being written is left alone.
+A run that was killed leaves the hidden folder behind. The next one recognises it as nobody's (its lock is free): it removes
+it, says so and starts again (`whole_folder`), or it goes on with it (`lasting_folder`). One that is still being written is
+left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pretrain.config.folder import draft_of
 from pretrain.errors import UserError
 
 LOCK = ".preparing"
@@ -30,21 +32,17 @@ def whole_folder(out: str | Path, contents: Sequence[str], say: Callable[[str], 
     written.
     """
     out = Path(os.path.realpath(out))
-    draft = out.parent / f".{out.name}.preparing"
+    draft = draft_of(out)
     lock = None
     try:
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an empty folder: name another, or remove it first.")
+        _check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftover(draft, out, contents, say)
         draft.mkdir()
         lock = _lock(draft, out)
         yield draft
         _sync_tree(draft)
-        os.rename(draft, out)
-        (out / LOCK).unlink()  # last, for a draft without a held lock is a leftover to whoever starts now
-        _sync(out)
-        _sync(out.parent)
+        publish(draft, out)
     except BaseException as error:
         if lock is not None:
             shutil.rmtree(draft, ignore_errors=True)
@@ -56,20 +54,65 @@ def whole_folder(out: str | Path, contents: Sequence[str], say: Callable[[str], 
             os.close(lock)
 
 
-def _explained(error: OSError, out: Path) -> Exception:
+@contextmanager
+def lasting_folder(
+    out: str | Path, contents: Sequence[str], begun: str, say: Callable[[str], None], shared: bool = False
+) -> Iterator[Path]:
+    """Gives the draft of `out`, new or as an earlier run left it, and leaves it there: `publish` makes it `out`.
+
+    begun: what lies in a draft that can go on; one without it is removed as a leftover. shared: others may work on it at the
+    same time, who never write what it writes; such a draft must be there. Raises UserError as `whole_folder` does, where
+    another process has it, and for a full disk.
+    """
+    out = Path(os.path.realpath(out))
+    draft = draft_of(out)
+    lock = None
+    try:
+        _check_free(out)
+        if shared and not (draft / begun).exists():
+            raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not (draft / begun).exists():
+            _clear_leftover(draft, out, contents, say)
+            draft.mkdir(exist_ok=True)
+        lock = _lock(draft, out, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield draft
+    except OSError as error:
+        raise _explained(error, out, "what was written before is kept, and the same command goes on") from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def publish(draft: Path, out: Path) -> None:
+    """Let a draft, all of whose files are on the disk, become `out`."""
+    os.rename(draft, out)
+    (out / LOCK).unlink()  # last, for a draft without a held lock is a leftover to whoever starts now
+    _sync(out)
+    _sync(out.parent)
+
+
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: name another, or remove it first.")
+
+
+def _explained(error: OSError, out: Path, kept: str = "nothing was written") -> Exception:
     """The user's mistake behind the error, or the error itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"The disk that holds {out} is full: nothing was written. Free some space.")
+        return UserError(f"The disk that holds {out} is full: {kept}. Free some space.")
     if error.errno in UNWRITABLE:
         return UserError(f"{out} cannot be written: {error.strerror} ({error.filename}).")
     return error
 
 
-def _lock(draft: Path, out: Path) -> int:
+def _lock(draft: Path, out: Path, kind: int = fcntl.LOCK_EX) -> int:
     lock = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(draft / LOCK)):
+            raise FileNotFoundError  # who held it was done with the draft before it was ours
+    except (BlockingIOError, FileNotFoundError) as error:
         os.close(lock)
         raise UserError(f"Another process is preparing {out} right now.") from error
     return lock

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data import shards as layout
+from pretrain.data.packing import CONCATENATED, Packing
 from pretrain.data.remote.access import Access, RemoteFolder
 from pretrain.data.remote.addresses import Address
 from pretrain.errors import UserError
@@ -30,9 +31,9 @@ from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import FILES, load_tokenizer, open_tokenizer
 
 FORMAT = "pretrain tokens"
-VERSION = 3
+VERSION = 4
 NAME = "manifest.json"
-CONCATENATED = "concat"  # text; packed pairs are "pairs SOURCE TARGET", from version 3 on
+KINDS_OF_VERSION = {1: ("concat",), 2: ("concat",), 3: ("concat", "pairs")}  # of packing; version 4 has all
 FILE_OF_VERSION_1 = "tokenizer.model"  # which knew no other
 MAX_BYTES = 32 << 20  # ten trillion tokens are 37,000 shards: 13 MB
 MAX_SHARDS = 1 << 17
@@ -71,13 +72,19 @@ class Manifest:
     tokens: int
     text_bytes: int
     shards: tuple[Shard, ...]
-    pairs: tuple[int, int] | None = None  # of packed pairs, tokens of a row's sources and targets
+    packing: Packing = CONCATENATED
+    padding: int = 0  # tokens that are filler in rows; not counted before version 4
     version: int = VERSION  # of the format that it was written in
 
     @property
     def eos(self) -> int:
         """The id after each document."""
         return self.special["eos"]
+
+    @property
+    def pairs(self) -> tuple[int, int] | None:
+        """Of packed pairs, tokens of a row's sources and targets."""
+        return (self.packing.lengths[0], self.packing.lengths[1]) if self.packing.is_pairs else None
 
     @property
     def tokenizer_path(self) -> Path | Address:
@@ -185,11 +192,13 @@ def _checked(folder: Path | RemoteFolder, raw: bytes) -> Manifest:
         tokens=_integer(value, "tokens", 2, MAX_TOKENS),
         text_bytes=_integer(value, "text_bytes", 0, MAX_TOKENS),
         shards=tuple(_shard(item) for item in value["shards"]),
-        pairs=_pairs(value["packing"], version),
+        packing=_packing(value["packing"], version),
+        padding=_integer(value, "padding", 0, MAX_TOKENS) if version >= 4 else 0,
         version=version,
     )
     if "eos" not in manifest.special or canonical(describe(manifest)) != raw:  # bytes: true would equal 1
         raise ValueError("its fields are not those of a manifest")
+    _check_rows(manifest)
     if manifest.chunks > MAX_CHUNKS:
         raise ValueError(f"{manifest.chunks:,} chunks are more than the {MAX_CHUNKS:,} that can be read")
     _check_shards(manifest)
@@ -205,7 +214,8 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "format": FORMAT,
         "version": manifest.version,
         "dtype": manifest.dtype.name,
-        "packing": CONCATENATED if manifest.pairs is None else "pairs {} {}".format(*manifest.pairs),
+        "packing": str(manifest.packing),
+        **({"padding": manifest.padding} if manifest.version >= 4 else {}),
         "tokens_per_chunk": manifest.tokens_per_chunk,
         "vocab_size": manifest.vocab_size,
         "tokenizer": tokenizer,
@@ -218,13 +228,22 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _pairs(packing: Any, version: int) -> tuple[int, int] | None:
-    if packing == CONCATENATED:
-        return None
-    found = re.fullmatch(r"pairs ([1-9]\d{0,7}) ([1-9]\d{0,7})", packing)
-    if found is None or version < 3:
+def _packing(text: Any, version: int) -> Packing:
+    if not isinstance(text, str):
         raise ValueError("its packing is not known")
-    return int(found[1]), int(found[2])
+    packing = Packing.parse(text)
+    if packing.kind not in KINDS_OF_VERSION.get(version, (packing.kind,)):
+        raise ValueError(f"its packing is not known in version {version}")
+    return packing
+
+
+def _check_rows(manifest: Manifest) -> None:
+    """Rows are whole and none lies across two chunks; before version 4 that was left to who reads them."""
+    row = manifest.packing.row
+    if manifest.version >= 4 and ((manifest.tokens - 1) % row or manifest.tokens_per_chunk % row):
+        raise ValueError(f"its chunks do not hold whole rows of {row:,} tokens")
+    if manifest.padding > manifest.tokens:
+        raise ValueError("it has more padding than tokens")
 
 
 def _shard(item: dict[str, Any]) -> Shard:

@@ -3,134 +3,55 @@
     OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, the tokenizer
     OUT/report.json                   what was read, skipped and why
 
-Two passes over the text: one draws the tokenizer's sample (from training documents only), one encodes. A document goes
-to validation by the hash of its text, so copies stay on one side and the split is stable when the corpus grows. The
-bytes written depend on the text, the options and the seed; not on the number of processes, the clock or the folder.
+The texts are cut into pieces (`preparing/plan.py`). Two passes over them: one draws the tokenizer's sample (from training
+documents only), one encodes each piece by itself; then each shard is cut out of the pieces' tokens by itself. A document
+goes to validation by the hash of its text, so copies stay on one side and the split is stable when the corpus grows. The
+bytes written depend on the text, the options and the seed; not on the number of processes or tasks, on what was killed and
+started again, on the clock or the folder. Memory does not grow with the text.
+
+All of it happens in a hidden folder beside OUT. What is done there is never done again: a start with the same command goes
+on with it, and with --plan, --task and --merge so do processes on several machines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
+from pretrain.config.folder import LAUNCH, LOGS, PLAN, draft_of
 from pretrain.data import manifest as manifests
-from pretrain.data.documents import Skipped, TextFile, read_documents, stdlib_corpus, text_files
-from pretrain.data.encode import Encoder
-from pretrain.data.folder import whole_folder
-from pretrain.data.progress import Progress, print_report
-from pretrain.data.shards import CHUNKS_PER_SHARD, ShardWriter, dtype_of, tokens_before
+from pretrain.data.documents import Skipped, TextFile, stdlib_corpus, text_files
+from pretrain.data.folder import lasting_folder, publish
+from pretrain.data.packing import Packing
+from pretrain.data.preparing import merge, plan, sampling, stages
+from pretrain.data.preparing.files import read_json, write_whole
+from pretrain.data.preparing.options import PARTS, NoDocuments, Options, Part, Report, check_split, part_of
+from pretrain.data.preparing.pool import TIMEOUT
+from pretrain.data.preparing.selecting import find_copies, is_clustered
+from pretrain.data.preparing.stages import Stages
+from pretrain.data.preparing.tools import ENCODE, SIGN, Job, Tools, has_tokenizer, keep_tokenizer
+from pretrain.data.shards import Entry, ShardWriter
 from pretrain.errors import UserError
 from pretrain.huggingface.vocabulary import read_tokenizer
 from pretrain.tokenization.base import Tokenizer
-from pretrain.tokenization.training import VocabularyTooLarge, train_tokenizer
+from pretrain.tokenization.training import sample
 
-VOCAB_SIZE = 8192
-VALIDATION = 0.01
-MAX_TRAIN_BYTES = 32 << 20
-PARTS = ("train", "validation")
-CONTENTS = (*PARTS, "stdin", "report.json")
+if TYPE_CHECKING:
+    from pretrain.data.selection.select import Selection
 
+WORK = "work"
+WRITTEN = (*PARTS, merge.REPORT, "selection-report.html")
+CONTENTS = (*WRITTEN, "stdin", WORK, LAUNCH, LOGS)
 
-@dataclass
-class Part:
-    """Counts of one part of the split."""
-
-    documents: int = 0
-    tokens: int = 0  # document ends included
-    text_bytes: int = 0
-
-    def add(self, tokens: int, text_bytes: int) -> None:
-        """Count one document."""
-        self.documents += 1
-        self.tokens += tokens
-        self.text_bytes += text_bytes
-
-
-@dataclass
-class Report:
-    """What prepare did: counts by part and by reason, and names of documents that do not decode to themselves."""
-
-    vocab_size: int
-    tokenizer_sha256: str
-    parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
-    skipped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    altered: int = 0
-    altered_examples: list[str] = field(default_factory=list)
-
-    def add_altered(self, names: Sequence[str]) -> None:
-        """Count documents that do not decode to themselves, and keep the first names."""
-        self.altered += len(names)
-        self.altered_examples += names[: 20 - len(self.altered_examples)]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes that are written, but for the text. None: chosen by the size of the corpus."""
-
-    vocab_size: int | None = None  # of the tokenizer to train
-    tokenizer: str | Path | None = None  # path of one to take instead: a .model, or Hugging Face files
-    model_type: str = "bpe"
-    user_symbols: tuple[str, ...] = ()
-    validation: float | None = None  # share of the documents
-    split: str = "file"
-    text_field: str = "text"
-    tokens_per_chunk: int | None = None
-    chunks_per_shard: int = CHUNKS_PER_SHARD
-    strict: bool = False
-    max_train_bytes: int = MAX_TRAIN_BYTES
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises UserError with every option that cannot be."""
-        wrong = []
-        if self.vocab_size is not None and self.tokenizer is not None:
-            wrong.append("give --vocab-size (to train a tokenizer) or --tokenizer (to take one), not both")
-        if self.validation is not None and not 0 <= self.validation < 1:
-            wrong.append(f"--validation is a share from 0 to below 1, not {self.validation}")
-        if self.tokens_per_chunk is not None and not 1 <= self.tokens_per_chunk <= manifests.MAX_TOKENS_PER_CHUNK:
-            wrong.append(
-                f"--tokens-per-chunk must be 1 to {manifests.MAX_TOKENS_PER_CHUNK:,}, not {self.tokens_per_chunk}"
-            )
-        if self.chunks_per_shard < 1:
-            wrong.append("a shard must hold at least one chunk")
-        if wrong:
-            raise UserError("\n".join(wrong))
-
-
-def main(args: Any) -> None:
-    """The command. `args` has the attributes texts, stdlib, pairs, out, processes and those of `Options`."""
-    options = Options(
-        **{
-            name: getattr(args, name)
-            for name in Options.__dataclass_fields__
-            if getattr(args, name, None) is not None and name != "user_symbols"
-        },
-        user_symbols=tuple(getattr(args, "user_symbols", None) or ()),
-    )
-    print_report(_prepared(args, options), args.out)
-
-
-def _prepared(args: Any, options: Options) -> Report:
-    lengths = args.source_length, args.target_length
-    if not args.pairs:
-        if lengths != (None, None):
-            raise UserError("--source-length and --target-length are of the rows that --pairs makes.")
-        return prepare(args.texts or [], args.out, options, args.stdlib, args.processes)
-    from pretrain.data.pairs import SOURCE_LENGTH, TARGET_LENGTH, Lengths, prepare_pairs
-
-    if args.stdlib:
-        raise UserError("--stdlib is text, not pairs: leave it out, or --pairs.")
-    sides = Lengths(lengths[0] or SOURCE_LENGTH, lengths[1] or TARGET_LENGTH)
-    return prepare_pairs(args.texts or [], args.out, sides, options, processes_of(args.processes))
+Say = Callable[[str], None]
 
 
 def prepare(
@@ -139,39 +60,197 @@ def prepare(
     options: Options | None = None,
     stdlib: bool = False,
     processes: int | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
+    restart: bool = False,
+    timeout: float = TIMEOUT,
 ) -> Report:
     """Prepare `texts` (files, folders, "-" for standard input) and, with `stdlib`, Python's own sources, into `out`.
 
-    processes: that encode (default: one a core). say: takes lines about the progress (default: standard error).
-    Raises UserError for a user's mistake; then, and when interrupted, `out` is as it was.
+    processes: that work (default: one a core). say: takes lines about the progress (default: standard error). restart: throw
+    away what an earlier start left unfinished, in place of going on with it. timeout: seconds after which a process that
+    gives no sign of life is replaced.
+    Raises UserError for a user's mistake. Then, and when interrupted, `out` is as it was, and pieces that are done are kept
+    beside it for the next start.
     """
-    options = options or Options()
+    say = say or _tell
+    options, processes = options or Options(), processes_of(processes)
+    with (
+        _drafted(texts, out, options, stdlib, say, restart) as tools,
+        closing(Stages(tools, processes, say, timeout, options.strict)) as work,
+    ):
+        _compare(tools, work, say)
+        _train(tools, work, say)
+        work.run(ENCODE)
+        return _finish(tools, out, options.strict, work)
+
+
+def plan_only(
+    texts: Sequence[str | Path],
+    out: str | Path,
+    options: Options | None = None,
+    stdlib: bool = False,
+    processes: int | None = None,
+    say: Say | None = None,
+    restart: bool = False,
+    timeout: float = TIMEOUT,
+) -> plan.Plan:
+    """The first part of `prepare`, after which `do_task` may do the second. The tokenizer is trained now, unless a selection
+    looks for copies: then it waits for `cluster_only`, since no copy is to be in its sample."""
+    say = say or _tell
+    options, processes = options or Options(), processes_of(processes)
+    with (
+        _drafted(texts, out, options, stdlib, say, restart) as tools,
+        closing(Stages(tools, processes, say, timeout, options.strict)) as work,
+    ):
+        if not tools.plan.compares:
+            _train(tools, work, say)
+        return tools.plan
+
+
+def rehearse(
+    texts: Sequence[str | Path],
+    options: Options,
+    stdlib: bool = False,
+    processes: int | None = None,
+    count: int | None = None,
+) -> Iterator[str]:
+    """Lines that tell what `prepare` would do, from a sample of about `count` documents; nothing is written."""
+    from pretrain.data.preparing import rehearsal
+
     options.check()
-    processes = processes_of(processes)
-    if not texts and not stdlib:
-        raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    with whole_folder(out, CONTENTS, say) as draft:
-        files = [*_files(texts, draft), *(stdlib_corpus() if stdlib else ())]
+    processes, count = processes_of(processes), rehearsal.DOCUMENTS if count is None else count
+    if count < 1:
+        raise UserError(f"--sample must be at least 1, not {count}.")
+    if "-" in map(str, texts):
+        raise UserError("- cannot be sampled, since it is read from its beginning: keep it in a file, and name that.")
+    files = [*text_files(texts), *(stdlib_corpus() if stdlib else ())]
+    if not files:
+        raise UserError("There is no text to look at: name files or folders, or --stdlib.")
+    given = None if options.tokenizer is None else read_tokenizer(Path(options.tokenizer))
+    found = rehearsal.rehearse(files, options, given, _selection(options), count)
+    yield from rehearsal.lines_of(found, options, processes)
 
-        def documents(skipped: Skipped) -> Iterator[tuple[bytes, str]]:
-            for document in read_documents(files, options.split, options.text_field, skipped):
-                yield document.text.encode(), document.text
 
-        tokenizer = tokenizer_of(documents, options, say)
-        return _write(draft, files, tokenizer, options, processes, say)
+def do_task(
+    out: str | Path,
+    task: int,
+    tasks: int,
+    processes: int | None = None,
+    say: Say | None = None,
+    strict: bool = False,
+    timeout: float = TIMEOUT,
+    stage: str = ENCODE,
+) -> None:
+    """Encode (or sign) every `tasks`-th piece of a plan, from number `task` on. Tasks may run at once, on machines that share
+    `out`'s folder, and be of different numbers of tasks: a piece that two of them do is the same from both."""
+    if not 0 <= task < tasks:
+        raise UserError(f"--task is a number from 0 to below --tasks, not {task} of {tasks}.")
+    say = say or _tell
+    with lasting_folder(out, CONTENTS, PLAN, say, shared=True) as draft:
+        tools = Tools(draft / WORK)
+        if stage == SIGN and not tools.plan.compares:
+            raise UserError("--stage sign: the plan compares no documents with each other; leave it out.")
+        if stage == ENCODE:
+            _check_ready(tools, out)
+        with closing(Stages(tools, processes_of(processes), say, timeout, strict, (task, tasks))) as work:
+            work.run(stage)
+
+
+def cluster_only(
+    out: str | Path,
+    processes: int | None = None,
+    say: Say | None = None,
+    strict: bool = False,
+    timeout: float = TIMEOUT,
+) -> None:
+    """What stands between the two stages of a plan whose selection looks for copies: find them, and train the tokenizer.
+    Raises UserError where pieces are not signed yet."""
+    say = say or _tell
+    with _begun(out, say) as tools:
+        if not tools.plan.compares:
+            raise UserError("--cluster: the plan compares no documents with each other; leave it out.")
+        _check_done(tools, SIGN, out, "signed", "their tasks (--task I --tasks N --stage sign), then --cluster again")
+        with closing(Stages(tools, processes_of(processes), say, timeout, strict)) as work:
+            _compare(tools, work, say)
+            _train(tools, work, say)
+
+
+def merge_only(
+    out: str | Path,
+    processes: int | None = None,
+    say: Say | None = None,
+    strict: bool = False,
+    timeout: float = TIMEOUT,
+) -> Report:
+    """The last part of `prepare`. Raises UserError where pieces are missing."""
+    say = say or _tell
+    with _begun(out, say) as tools:
+        if not (tools.work.parent / merge.REPORT).exists():
+            _check_ready(tools, out)
+            _check_done(tools, ENCODE, out, "encoded", "their tasks (--task I --tasks N), then --merge again")
+        with closing(Stages(tools, processes_of(processes), say, timeout, strict)) as work:
+            return _finish(tools, out, strict, work)
 
 
 def processes_of(wished: int | None) -> int:
-    """How many encode: one a core unless wished otherwise. Raises UserError for less than one."""
+    """How many work: one a core unless wished otherwise. Raises UserError for less than one."""
     if wished is not None and wished < 1:
         raise UserError(f"--processes must be at least 1, not {wished}.")
     return wished or len(os.sched_getaffinity(0))
 
 
-def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
-    """The files to read; standard input is kept in a file, since it is read twice."""
+@contextmanager
+def _drafted(
+    texts: Sequence[str | Path], out: str | Path, options: Options, stdlib: bool, say: Say, restart: bool
+) -> Iterator[Tools]:
+    """The draft of `out` with a plan: a new one, or that of an earlier start. It is removed where a mistake ended the work
+    before any piece was done, or made all of it useless."""
+    options.check()
+    if not texts and not stdlib:
+        raise UserError("There is no text to prepare: name files or folders, - for standard input, or --stdlib.")
+    with lasting_folder(out, CONTENTS, PLAN, say) as draft:
+        if restart:
+            for name in (*WRITTEN, WORK):
+                _remove(draft / name)
+        tools = Tools(draft / WORK)
+        try:
+            _plan(tools, texts, stdlib, options, say)
+            yield tools
+        except BaseException as error:
+            if isinstance(error, NoDocuments) or (isinstance(error, Exception) and not _num_done(tools)):
+                shutil.rmtree(draft)
+            elif draft.exists() and not isinstance(error, plan.Changed):
+                say(f"What is done is kept beside {out}: the same command goes on with it, --restart throws it away.")
+            raise
+
+
+def _plan(tools: Tools, texts: Sequence[str | Path], stdlib: bool, options: Options, say: Say) -> None:
+    """Make the plan, or check that the one that is there is this one."""
+    given = None if options.tokenizer is None else read_tokenizer(Path(options.tokenizer))
+    tools.work.mkdir(exist_ok=True)
+    files = [*_files(texts, tools.work), *(stdlib_corpus() if stdlib else ())]
+    selection = _selection(options)
+    deciding = {**options.deciding(), "tokenizer": None if given is None else given.sha256}
+    deciding["select"] = None if selection is None else selection.fingerprint
+    if (found := plan.Plan.open(tools.work)) is not None:
+        plan.check_same(found, files, deciding)
+        say(f"Going on with an unfinished work: {_num_done(tools):,} of {found.pieces:,} pieces are done.")
+    else:
+        plan.make(tools.work, files, options, deciding, selection is not None and selection.needs_clusters)
+    if given is not None and not has_tokenizer(tools.work):
+        keep_tokenizer(tools.work, given)
+
+
+def _selection(options: Options) -> Selection | None:
+    if options.select is None:
+        return None
+    from pretrain.data.selection.select import Selection
+
+    return Selection.load(options.select)
+
+
+def _files(texts: Sequence[str | Path], work: Path) -> list[TextFile]:
+    """The files to read; standard input is kept in a file, since it is read twice, and by other processes."""
     files: list[TextFile] = []
     if sum(str(text) == "-" for text in texts) > 1:
         raise UserError("- stands for standard input and can be named once.")
@@ -179,12 +258,90 @@ def _files(texts: Sequence[str | Path], draft: Path) -> list[TextFile]:
         if str(text) != "-":
             files += text_files([text])
             continue
-        with open(draft / "stdin", "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        files.append(TextFile(draft / "stdin", "standard input"))
+        path, digest = work / "stdin", hashlib.sha256()
+        with write_whole(path) as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        plan.mark(path, digest.digest())
+        files.append(TextFile(path, "standard input"))
     if texts and not files:
         raise UserError("The folders hold no text files: name the files themselves if their suffixes are unusual.")
     return files
+
+
+def _train(tools: Tools, work: Stages, say: Say) -> None:
+    if not has_tokenizer(tools.work):
+        say("Reading the text to train a tokenizer")
+        sampling.train(tools, work.run, say)
+
+
+def _compare(tools: Tools, work: Stages, say: Say) -> None:
+    if not is_clustered(tools):
+        work.run(SIGN)
+        say("Looking for copies")
+        find_copies(tools)
+
+
+@contextmanager
+def _begun(out: str | Path, say: Say) -> Iterator[Tools]:
+    """What another process planned, for this one alone."""
+    if not (draft_of(Path(os.path.realpath(out))) / PLAN).exists():
+        raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
+    with lasting_folder(out, CONTENTS, PLAN, say) as draft:
+        yield Tools(draft / WORK)
+
+
+def _check_ready(tools: Tools, out: str | Path) -> None:
+    """Raises UserError where pieces cannot be encoded yet."""
+    if not is_clustered(tools):
+        raise UserError(
+            f"The plan of {out} looks for copies first: run tasks with --stage sign, then --cluster, then the tasks again."
+        )
+    if not has_tokenizer(tools.work):
+        before = "--cluster" if tools.plan.compares else "--plan"
+        raise UserError(f"The plan of {out} has no tokenizer yet: let `prepare {before}` come to its end first.")
+
+
+def _check_done(tools: Tools, stage: str, out: str | Path, done: str, mend: str) -> None:
+    """Raises UserError where pieces are not through a stage."""
+    missing = [number for number in range(tools.plan.pieces) if not tools.is_done(Job(stage, number))]
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {tools.plan.pieces:,} pieces of {out} are not {done} yet, such as "
+            f"{tools.plan.piece(missing[0]).name}: run {mend}."
+        )
+
+
+def _finish(tools: Tools, out: str | Path, strict: bool, work: Stages) -> Report:
+    """Write the shards, and let the draft become `out`."""
+    draft = tools.work.parent
+    known = read_json(draft / merge.REPORT)  # of a start that was killed between its last file and its name
+    report = Report.of_json(known) if known else merge.merge(tools, strict, work.run)
+    stages.remove(tools)
+    out = Path(os.path.realpath(out))
+    publish(draft, out)
+    _remove(out / WORK)
+    return report
+
+
+def _num_done(tools: Tools) -> int:
+    folder = tools.work / ENCODE
+    return sum(name.endswith(".json") and name[0] != "." for name in os.listdir(folder)) if folder.is_dir() else 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# -- what other ways of preparing share --------------------------------------------------------------------------------
 
 
 def tokenizer_of(
@@ -205,115 +362,23 @@ def tokenizer_of(
                 yield text
         check_split(documents, skipped, options)
 
-    arguments = (options.model_type, options.user_symbols, None, options.max_train_bytes, options.seed)
-    if options.vocab_size is not None:
-        return train_tokenizer(texts(), options.vocab_size, *arguments)
-    try:
-        return train_tokenizer(texts(), VOCAB_SIZE, *arguments)
-    except VocabularyTooLarge as error:
-        say(f"The text is small: its vocabulary is {error.largest} in place of {VOCAB_SIZE}")
-        return train_tokenizer(texts(), error.largest, *arguments)
+    return sampling.train_on(sample(texts(), options.max_train_bytes, options.seed), options, say)
 
 
-def part_of(text: bytes, options: Options) -> str:
-    """The part that a document, or a pair, belongs to."""
-    share = VALIDATION if options.validation is None else options.validation
-    mark = xxhash.xxh64_intdigest(text, seed=(options.seed + 0x5EED) % 2**64)
-    return PARTS[mark < share * 2**64]
-
-
-def check_split(documents: Mapping[str, int], skipped: Skipped, options: Options) -> None:
-    """Raises UserError if a part that must have documents has none."""
-    train, validation = (documents[name] for name in PARTS)
-    if not train and not validation:
-        reasons = (
-            f"{count} {reason}, such as {skipped.examples[reason][0]}" for reason, count in skipped.counts.items()
-        )
-        raise UserError(f"The corpus is empty: no document could be read ({'; '.join(reasons) or 'there is none'}).")
-    if not train or (options.validation and not validation):
-        raise UserError(
-            f"Of {train + validation} documents none fell to {PARTS[bool(train)]}: split the text into more documents "
-            "(--split blank-line), or change --validation (0 leaves it out)."
-        )
-
-
-def _write(
-    draft: Path,
-    files: Sequence[TextFile],
-    tokenizer: Tokenizer,
-    options: Options,
-    processes: int,
-    say: Callable[[str], None],
-) -> Report:
-    report = Report(tokenizer.vocab_size, tokenizer.sha256)
-    skipped = Skipped(options.strict, report.skipped, report.examples)
-    documents = read_documents(files, options.split, options.text_field, skipped)
-    dtype = dtype_of(tokenizer.vocab_size)
-    writers = {
-        name: ShardWriter(draft / name, dtype, options.tokens_per_chunk, options.chunks_per_shard) for name in PARTS
-    }
-    encoder = Encoder(tokenizer, processes)
-    try:
-        with Progress(files, say) as progress:
-            for batch, encoded in encoder(documents):
-                starts = np.cumsum([0, *encoded.lengths])
-                for document, start, length in zip(batch, starts, encoded.lengths, strict=False):
-                    data = document.text.encode()
-                    name = part_of(data, options)
-                    writers[name].add(encoded.tokens[start : start + length])
-                    report.parts[name].add(length, len(data))
-                    progress.add(length, len(data))
-                report.add_altered(encoded.altered)
-    finally:
-        encoder.close()
-    check_split({name: part.documents for name, part in report.parts.items()}, skipped, options)
-    finish(draft, report, tokenizer, writers)
-    return report
+def end_rows(writer: ShardWriter, eos: int, part: Part, padding: int) -> None:
+    """One end more, for a chunk has a look-ahead, which the last row needs as the others; and what was written counts."""
+    writer.add(np.array([eos], writer.dtype))
+    part.tokens, part.padding = writer.tokens, padding + 1
 
 
 def finish(
-    draft: Path,
-    report: Report,
-    tokenizer: Tokenizer,
-    writers: dict[str, ShardWriter],
-    pairs: tuple[int, int] | None = None,
+    draft: Path, report: Report, tokenizer: Tokenizer, writers: dict[str, ShardWriter], packing: Packing
 ) -> None:
-    """Write the manifests, once everything is written that they speak of. pairs: lengths of a row's sides."""
+    """Write the manifests, once everything is written that they speak of."""
     for name, writer in writers.items():
         if report.parts[name].documents:
-            _finish_part(draft / name, report.parts[name], tokenizer, writer, pairs)
+            entries = [Entry(**entry) for entry in writer.finish()]
+            merge.write_manifest(draft / name, report.parts[name], tokenizer, entries, writer.tokens_per_chunk, packing)
         else:
-            (draft / name).rmdir()
-    (draft / "stdin").unlink(missing_ok=True)
-    (draft / "report.json").write_bytes(manifests.canonical(asdict(report)))
-
-
-def _finish_part(
-    folder: Path, part: Part, tokenizer: Tokenizer, writer: ShardWriter, pairs: tuple[int, int] | None = None
-) -> None:
-    shards = writer.finish()
-    (folder / tokenizer.file).write_bytes(tokenizer.content)
-    manifest = manifests.Manifest(
-        folder=folder,
-        fingerprint="",
-        dtype=writer.dtype,
-        tokens_per_chunk=writer.tokens_per_chunk,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_file=tokenizer.file,
-        tokenizer_sha256=tokenizer.sha256,
-        special=tokenizer.special,
-        documents=part.documents,
-        tokens=part.tokens,
-        text_bytes=part.text_bytes,
-        shards=(),
-        pairs=pairs,
-    )
-    first, entries = 0, []
-    for shard in shards:
-        last = first + shard["chunks"]
-        tokens = tokens_before(last, manifest) - tokens_before(first, manifest)
-        entries.append({**shard, "tokens": tokens})
-        first = last
-    value = {**manifests.describe(manifest), "shards": entries}
-    (folder / manifests.NAME).write_bytes(manifests.canonical(value))
-    manifests.Manifest.load(folder)  # what was written is what will be accepted
+            shutil.rmtree(draft / name)
+    (draft / merge.REPORT).write_bytes(manifests.canonical(report.as_json()))

@@ -15,10 +15,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from pretrain.data.preparing.files import write_whole
 
 BLOCK = tarfile.BLOCKSIZE
 USER, GROUP, MODE = "pretrain", "pretrain", 0o444
@@ -95,31 +98,57 @@ def header(chunk: int, size: int) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-class _HashingFile:
-    """A file that hashes what it writes: a second pass over the shard would miss the disk's rate."""
+class Entry(NamedTuple):
+    """What the manifest says of a shard, but for its tokens."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("xb")
-        self.sha256 = hashlib.sha256()
-        self.size = 0
+    name: str
+    bytes: int
+    chunks: int
+    sha256: str
+    sidecar: str
+    sidecar_sha256: str
 
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.size += len(data)
-        return self.file.write(data)
 
-    def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+Read = Callable[[int, int], Any]  # (start, count) of tokens in the source -> an array of the source's dtype
+
+
+def num_shards(source: Counts, chunks_per_shard: int) -> int:
+    return -(-num_chunks(source.tokens, source.tokens_per_chunk) // chunks_per_shard)
+
+
+def write_shard(folder: Path, number: int, source: Counts, chunks_per_shard: int, read: Read) -> Entry:
+    """Write one shard and its sidecar, which depend on no other: each appears when it is whole and on the disk.
+
+    Written without webdataset, whose import is torch's, and hashed on the way: a second pass would miss the disk's rate.
+    """
+    first = number * chunks_per_shard
+    last = min(first + chunks_per_shard, num_chunks(source.tokens, source.tokens_per_chunk))
+    whole, hashes = hashlib.sha256(), bytearray()
+    with write_whole(folder / shard_name(number)) as file:
+
+        def put(data: Any) -> None:
+            whole.update(data)
+            file.write(data)
+
+        for chunk in range(first, last):
+            tokens = read(chunk * source.tokens_per_chunk, chunk_values(chunk, source))
+            data = tokens.data.cast("B")
+            hashes += hashlib.sha256(data).digest()
+            put(header(chunk, data.nbytes))
+            put(data)
+            put(bytes(-data.nbytes % BLOCK))
+        size = shard_bytes(member_sizes(first, last, source))
+        put(bytes(size - file.tell()))
+    with write_whole(folder / sidecar_name(number)) as file:
+        file.write(hashes)
+    sidecar = hashlib.sha256(hashes).hexdigest()
+    return Entry(shard_name(number), size, last - first, whole.hexdigest(), sidecar_name(number), sidecar)
 
 
 class ShardWriter:
     """Writes a source's tokens into shards of `folder`; `add` documents, then `finish`.
 
-    tokens_per_chunk None: C is 2^19, or for a small corpus the power of two that makes at least 16 chunks, rounded down to
-    a multiple of `row`, the tokens that stay together. The first 16 x 2^19 tokens are therefore kept in memory before
-    anything is written.
+    tokens_per_chunk None: as `chunk_size` says. Tokens lie in a file until all are counted.
     """
 
     def __init__(
@@ -129,93 +158,33 @@ class ShardWriter:
         self.tokens_per_chunk = tokens_per_chunk or 0
         self.chunks_per_shard = chunks_per_shard
         self.tokens = 0
-        self.shards: list[dict[str, Any]] = []
-        self._waiting: list[np.ndarray[Any, Any]] = []
-        self._num_waiting = self._chunk = 0
-        self._file: _HashingFile | None = None
-        self._tar: Any = None
-        self._hashes = b""
         folder.mkdir()
+        self._spool = open(folder / ".tokens", "w+b")  # noqa: SIM115 (until `finish`)
 
     def add(self, tokens: np.ndarray[Any, Any]) -> None:
         """Append tokens of the source's dtype."""
-        self._waiting.append(tokens)
-        self._num_waiting += len(tokens)
+        self._spool.write(np.ascontiguousarray(tokens, self.dtype).data)
         self.tokens += len(tokens)
-        if not self.tokens_per_chunk and self._num_waiting > CHUNKS_AT_LEAST * TOKENS_PER_CHUNK:
-            self.tokens_per_chunk = self._rows(TOKENS_PER_CHUNK)
-        if self.tokens_per_chunk and self._num_waiting > self.tokens_per_chunk:
-            self._write_chunks()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Write what is left. Returns the manifest's entry of each shard; needs at least two tokens."""
-        if not self.tokens_per_chunk:
-            self.tokens_per_chunk = self._rows(_small_chunk(self.tokens))
-        self._write_chunks()
-        if self._num_waiting > 1:
-            self._write_chunk(self._joined())
-        self._close_shard()
-        return self.shards
+        """Write the shards. Returns the manifest's entry of each; needs at least two tokens."""
+        self.tokens_per_chunk = self.tokens_per_chunk or chunk_size(self.tokens, self.row)
+        self._spool.flush()
+        numbers = range(num_shards(self, self.chunks_per_shard))
+        entries = [write_shard(self.folder, number, self, self.chunks_per_shard, self._read) for number in numbers]
+        self._spool.close()
+        (self.folder / ".tokens").unlink()
+        return [entry._asdict() for entry in entries]
 
-    def _rows(self, tokens: int) -> int:
-        return max(tokens // self.row, 1) * self.row
-
-    def _joined(self) -> np.ndarray[Any, Any]:
-        if len(self._waiting) > 1:
-            self._waiting = [np.concatenate(self._waiting)]
-        return self._waiting[0]
-
-    def _write_chunks(self) -> None:
-        """Write every whole chunk of the waiting tokens: C and a look-ahead that stays as the next chunk's first."""
-        tokens, size, start = self._joined(), self.tokens_per_chunk, 0
-        while len(tokens) - start > size:
-            self._write_chunk(tokens[start : start + size + 1])
-            start += size
-        self._waiting = [tokens[start:].copy()]
-        self._num_waiting = len(self._waiting[0])
-
-    def _write_chunk(self, tokens: np.ndarray[Any, Any]) -> None:
-        if self._tar is None:
-            self._open_shard()
-        data = tokens.astype(self.dtype, copy=False).tobytes()
-        self._tar.write({"__key__": f"{self._chunk:08d}", "tok": data})
-        self._hashes += hashlib.sha256(data).digest()
-        self._chunk += 1
-        if len(self._hashes) == 32 * self.chunks_per_shard:
-            self._close_shard()
-
-    def _open_shard(self) -> None:
-        from webdataset.writer import TarWriter  # imports torch: seconds, and only who writes shards pays them
-
-        self._file = _HashingFile(self.folder / shard_name(len(self.shards)))
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, user=USER, group=GROUP, mode=MODE, compress=False)
-
-    def _close_shard(self) -> None:
-        if self._tar is None or self._file is None:
-            return
-        self._tar.close()
-        self._file.close()
-        number = len(self.shards)
-        sidecar = _HashingFile(self.folder / sidecar_name(number))
-        sidecar.write(self._hashes)
-        sidecar.close()
-        self.shards.append(
-            {
-                "name": shard_name(number),
-                "bytes": self._file.size,
-                "chunks": len(self._hashes) // 32,
-                "sha256": self._file.sha256.hexdigest(),
-                "sidecar": sidecar_name(number),
-                "sidecar_sha256": sidecar.sha256.hexdigest(),
-            }
-        )
-        self._tar = self._file = None
-        self._hashes = b""
+    def _read(self, start: int, count: int) -> np.ndarray[Any, Any]:
+        size = self.dtype.itemsize
+        return np.frombuffer(os.pread(self._spool.fileno(), count * size, start * size), self.dtype)
 
 
-def _small_chunk(tokens: int) -> int:
-    """The largest power of two of which there are at least 16 in the tokens, at least 2^14."""
+def chunk_size(tokens: int, row: int = 1) -> int:
+    """Tokens a chunk, where none were asked for: 2^19, or of a small corpus the largest power of two, at least 2^14, of
+    which it has more than 16; rounded down to a multiple of `row`, the tokens that stay together."""
     size = TOKENS_PER_CHUNK
     while size > LEAST_TOKENS_PER_CHUNK and tokens <= CHUNKS_AT_LEAST * size:
         size //= 2
-    return size
+    return max(size // row, 1) * row

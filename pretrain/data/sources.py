@@ -106,10 +106,16 @@ class Sources:
         return "" if self.mixture is None else self.mixture.course(skipped).events.get(step, "")
 
     @property
+    def has_rows(self) -> bool:
+        """Whether text is read in rows that were packed, which filler may end."""
+        streams = [stream for stream in (*self.phases, self.validation) if isinstance(stream, Stream)]
+        return any(manifest.packing.is_rows_of_text for stream in streams for manifest in stream.manifests)
+
+    @property
     def sizes(self) -> Sizes:
         """What of the model the data decide."""
         if self.task is None:
-            return Sizes(self.vocabulary.size)
+            return Sizes(self.vocabulary.size, fills_rows=self.has_rows)
         return Sizes(self.vocabulary.size, self.task.num_outputs, self.task.num_rows)
 
     @cached_property
@@ -178,6 +184,11 @@ def _check_initial(tokenizer: Tokenizer, initial: str) -> None:
 
 def _check_packing(config: Config, manifest: Manifest) -> None:
     kind, held, length = config.objective.kind, manifest.pairs, config.data.seq_length
+    if manifest.packing.kind == "sentences" and kind != "masked":
+        raise UserError(
+            f"{manifest.folder}: its rows are whole sentences, each ended as a document is, and objective.kind: {kind} would "
+            f"learn these ends; prepare the text with --packing fit --seq-length {length}, or set objective.kind: masked"
+        )
     wanted = config.objective.lengths(length) if kind == "sequence-to-sequence" else None
     if held == wanted:
         return

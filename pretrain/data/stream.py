@@ -218,6 +218,7 @@ def source_of(manifest: Manifest, seq_length: int) -> Source:
     size, targets = manifest.tokens_per_chunk, manifest.tokens - 1
     if seq_length < 1:
         raise UserError(f"The sequence length must be at least 1, not {seq_length}.")
+    _check_row(manifest, seq_length)
     if seq_length > targets:
         raise UserError(
             f"A sequence of {seq_length} tokens is longer than the data: {manifest.folder} has {manifest.tokens:,}."
@@ -230,6 +231,22 @@ def source_of(manifest: Manifest, seq_length: int) -> Source:
         )
     full, rest = divmod(targets, size)
     return Source(full * (size // seq_length) + rest // seq_length, size // seq_length)
+
+
+def _check_row(manifest: Manifest, seq_length: int) -> None:
+    """Raises UserError where rows that were packed would be cut or joined."""
+    row, kind = manifest.packing.row, manifest.packing.kind
+    if row in (1, seq_length):
+        return
+    again = (
+        ""
+        if manifest.packing.is_pairs
+        else f", or prepare the text again with --packing {kind} --seq-length {seq_length}"
+    )
+    raise UserError(
+        f"{manifest.folder} holds rows of {row:,} tokens ({manifest.packing}), which are read whole, not in sequences of "
+        f"{seq_length:,}: read it with a sequence length of {row}{again}."
+    )
 
 
 def _near_divisors(size: int, length: int) -> str:
@@ -250,6 +267,7 @@ def _check_same_tokenizer(manifests: list[Manifest]) -> None:
 
 
 def _split(tokens: Integers, eos: int) -> list[Integers]:
-    """The tokens cut after each document's end."""
+    """The tokens cut after each document's end, without the ends that only fill a row."""
     ends = np.flatnonzero(tokens == eos) + 1
-    return [part for part in np.split(tokens, ends) if part.size]
+    parts = [part for part in np.split(tokens, ends) if part.size]
+    return [part for number, part in enumerate(parts) if not number or part.size > 1 or part[0] != eos]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import noise
 from pretrain.objectives.batch import Batch
+from pretrain.objectives.filler import filler
 
 
 class CausalConfig(Protocol):
@@ -30,9 +31,10 @@ class Causal:
     num_sums = 1  # that the model gives while it is validated
     predicts_text = True  # every target is a token of the text, so that bits per byte can be told
 
-    def __init__(self, config: CausalConfig, eos: int, seed: int) -> None:
+    def __init__(self, config: CausalConfig, eos: int, seed: int, rows: bool = False) -> None:
+        """rows: whether samples are rows that were packed, so that what is behind a row's last token does not follow it."""
         self.loss_across, self.attention_across = config.loss_across_documents, config.attention_across_documents
-        self.eos, self.seed = eos, seed
+        self.eos, self.seed, self.rows = eos, seed, rows
         self.also = None  # a sample's own tokens are enough
 
     def __call__(self, numbers: Tensor, tokens: Tensor) -> Batch:
@@ -40,6 +42,9 @@ class Causal:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         ends = inputs == self.eos
         counted = torch.ones_like(ends) if self.loss_across else ~ends
+        counted &= ~filler(tokens, self.eos)[:, 1:]
+        if self.rows:
+            counted[:, -1] = False
         # A document's end is its last token.
         documents = None if self.attention_across else (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
         return Batch(inputs, targets, counted.to(torch.float32), noise.sample_keys(self.seed, numbers), documents)

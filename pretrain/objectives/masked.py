@@ -12,6 +12,10 @@ the end of a document. `next`: half of the time B is the beginning of another sa
 two stand swapped (Lan et al. 2020, "ALBERT", section 3.1). Of S tokens the text takes S - 2, for pairs S - 3: the last two
 or three of a sample are left out.
 
+Of rows that were packed the text ends before the document ends at its end: [SEP] stands in the place of the first of them,
+what is behind it is filler, which the text never sees, and a pair is cut as the text is long. A pair counts if both of its
+segments have text.
+
 All of it is a function of (seed, sample number, tokens): nothing depends on the batch that a sample is in.
 
 Shapes: B batch, S sequence, P places that may be predicted.
@@ -31,6 +35,7 @@ from torch import Tensor
 from kernels import noise
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.objectives.batch import MaskedBatch
+from pretrain.objectives.filler import lengths
 
 UNIT, REPLACE, TOKEN, LENGTH, CUT, SWAP, PARTNER = range(7)  # sites: what is drawn
 REACH = 64  # turns of the sample's own lane within which its partner lies
@@ -53,13 +58,24 @@ class Symbols(NamedTuple):
     ends_sentence: Tensor  # (V,) bool
 
 
+class Row(NamedTuple):
+    """Samples before anything of them is hidden."""
+
+    row: Tensor  # (B, S) int64 ids
+    filler: Tensor  # (B, S) bool
+    segments: Tensor  # (B, S) int64
+    labels: Tensor | None = None  # (B,) int64: 1 where the second segment does not follow the first
+    labelled: Tensor | None = None  # (B,) float32: 1 where the label counts
+
+
 class Masked:
     """Makes a micro-batch: a pure function of sample numbers, their tokens, the seed and the configuration."""
 
     predicts_text = False
 
-    def __init__(self, config: ObjectiveConfig, symbols: Symbols, seed: int, lanes: int) -> None:
-        self.config, self.symbols, self.seed, self.lanes = config, symbols, seed, lanes
+    def __init__(self, config: ObjectiveConfig, symbols: Symbols, seed: int, lanes: int, rows: bool = False) -> None:
+        """lanes: of the order; rows: whether samples are rows that were packed, each filled up behind its text."""
+        self.config, self.symbols, self.seed, self.lanes, self.rows = config, symbols, seed, lanes, rows
         self.paired = config.pairs != "none"
         self.terms = ("masked", "pairs") if self.paired else ("masked",)
         self.num_sums = 2 * len(self.terms)  # beside each loss how many are right
@@ -76,62 +92,89 @@ class Masked:
     def __call__(self, numbers: Tensor, tokens: Tensor) -> MaskedBatch:
         """numbers (B,) int64; tokens (B, S + 1) int64, with a partner's (B, 2 (S + 1))."""
         keys = self._keys(numbers)
-        row, segments, labels = self._pairs(keys, tokens) if self.paired else self._single(tokens)
-        inputs, places, targets, counted = self._hide(keys, row)
-        ends = row == self.symbols.eos
-        # A document's end is its last token.
-        documents = (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
+        made = self._pairs(keys, tokens) if self.paired else self._single(tokens)
+        inputs, places, targets, counted = self._hide(keys, made.row)
         return MaskedBatch(
             inputs,
             targets,
             counted,
             noise.sample_keys(self.seed, numbers),
-            None if self.config.attention_across_documents else documents,
-            segments,
+            self._documents(made),
+            made.segments,
             places,
-            labels,
-            None if labels is None else torch.ones(len(labels)),
+            made.labels,
+            made.labelled,
         )
+
+    def _documents(self, made: Row) -> Tensor | None:
+        """(B, S) numbers; None where every place sees all. Filler is a document of its own."""
+        if self.config.attention_across_documents:
+            return made.filler.to(torch.int32) if self.rows else None
+        ends = made.row == self.symbols.eos
+        # A document's end is its last token.
+        documents = ends.cumsum(dim=1) - ends.long()
+        return torch.where(made.filler, made.row.shape[1], documents).to(torch.int32)
 
     def _keys(self, numbers: Tensor) -> Tensor:
         return noise.sample_keys(noise.key(self.seed, "masked"), numbers)
 
     # -- segments ----------------------------------------------------------------------------------------------------
 
-    def _single(self, tokens: Tensor) -> tuple[Tensor, Tensor, None]:
-        """[CLS] text [SEP], (B, S)."""
-        row = F.pad(F.pad(tokens[:, :-3], (1, 0), value=self.symbols.cls), (0, 1), value=self.symbols.sep)
-        return row, torch.zeros_like(row), None
+    def _single(self, tokens: Tensor) -> Row:
+        """[CLS] text [SEP]."""
+        text = tokens[:, :-3]
+        row = F.pad(F.pad(text, (1, 0), value=self.symbols.cls), (0, 1), value=self.symbols.sep)
+        behind = torch.arange(row.shape[1]) - self._length(text)[:, None] - 1  # the text's end
+        row = row.masked_fill(behind == 0, self.symbols.sep).masked_fill(behind > 0, self.symbols.eos)
+        return Row(row, behind > 0, torch.zeros_like(row))
 
-    def _pairs(self, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[CLS] A [SEP] B [SEP] and its segments (B, S), and whether B does not follow (B,)."""
+    def _length(self, text: Tensor) -> Tensor:
+        """How much (B,) of text (B, L) is not filled up: of samples that are no rows all."""
+        return lengths(text, self.symbols.eos) if self.rows else torch.full((len(text),), text.shape[1])
+
+    def _pairs(self, keys: Tensor, tokens: Tensor) -> Row:
+        """[CLS] A [SEP] B [SEP], and whether B does not follow."""
         partner = self.config.pairs == "next"
         width = tokens.shape[1] // 2 if partner else tokens.shape[1]
         length = width - 4  # S - 3 tokens of text
-        cut = self._cut(keys, tokens[:, :length])[:, None]
+        text = tokens[:, :length]
+        whole = self._length(text)[:, None]
+        cut = self._cut(keys, text, whole)[:, None]
         wrong = (noise.bits(keys, SWAP, torch.zeros(1)) >= 2**31).long()  # (B, 1)
-        first = cut if partner else torch.where(wrong > 0, length - cut, cut)  # tokens of the first segment
+        first = cut if partner else torch.where(wrong > 0, whole - cut, cut)  # tokens of the first segment
+        first = first.clamp(min=0)
+        last = (whole - first).clamp(min=0)  # and of the second
+        counted = (lengths(text, self.symbols.eos) > 0) & (whole[:, 0] > 1)
+        if partner:  # no longer than what would follow, so that the length tells nothing
+            other = tokens[:, width : width + length]
+            last = torch.where(wrong > 0, torch.minimum(last, self._length(other)[:, None]), last)
+            counted &= (lengths(other, self.symbols.eos) > 0) | (wrong[:, 0] == 0)
         place = torch.arange(length + 3, device=tokens.device)[None]
         within = place - 1, place - first - 2  # places in either segment
+        behind = within[1] - last
         if partner:
             source = within[0], torch.where(wrong > 0, width, cut) + within[1]
         else:
             source = within[0] + wrong * cut, within[1] + (1 - wrong) * cut
         second = (place > first + 1).long()
         chosen = torch.where(second > 0, source[1], source[0])
-        edge = (place == 0) | (place == first + 1) | (place == length + 2)
-        row = tokens.gather(1, torch.where(edge, 0, chosen))
+        edge = (place == 0) | (place == first + 1) | (behind == 0)
+        row = tokens.gather(1, torch.where(edge | (behind > 0), 0, chosen))
         row = torch.where(edge, torch.where(place == 0, self.symbols.cls, self.symbols.sep), row)
-        return row, second, wrong[:, 0]
+        row = row.masked_fill(behind > 0, self.symbols.eos)
+        counted &= ((first > 0) & (last > 0))[:, 0]
+        return Row(row, behind > 0, second, wrong[:, 0], counted.float())
 
-    def _cut(self, keys: Tensor, text: Tensor) -> Tensor:
-        """How many tokens (B,) of text (B, L) are the first segment: between a quarter and three quarters."""
-        length = text.shape[1]
-        low, high = max(1, length // 4), max(2, length - length // 4)
-        before = text[:, low - 1 : high - 1]  # the last token of the first segment, for each cut
-        score = noise.bits(keys, CUT, torch.arange(low, high))
+    def _cut(self, keys: Tensor, text: Tensor, whole: Tensor) -> Tensor:
+        """How many of the first `whole` (B, 1) tokens of text (B, L) are the first segment (B,): between a quarter and three
+        quarters."""
+        low, high = (whole // 4).clamp(min=1), (whole - whole // 4).clamp(min=2)
+        cuts = torch.arange(1, max(2, text.shape[1]))
+        before = text[:, : len(cuts)]  # the last token of the first segment, for each cut
+        score = noise.bits(keys, CUT, cuts)
         score = score + (self.symbols.ends_sentence[before].long() << 33)
-        return low + torch.where(before == self.symbols.eos, -1, score).argmax(dim=1)
+        score = torch.where(before == self.symbols.eos, -1, score)
+        return 1 + torch.where((cuts >= low) & (cuts < high), score, -2).argmax(dim=1)
 
     # -- masking -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import noise
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.objectives.batch import PairBatch
+from pretrain.objectives.filler import filler
 
 
 def paired(
@@ -60,7 +61,8 @@ class SequenceToSequence:
 
 class Prefix:
     """Text whose first part the encoder reads and whose rest the decoder predicts, cut at one place for all samples (Raffel
-    et al. 2020, section 3.2.1; of UL2, Tay et al. 2022, the S-denoiser)."""
+    et al. 2020, section 3.2.1; of UL2, Tay et al. 2022, the S-denoiser). Filler that the encoder reads disturbs nothing: where
+    it does, all that the decoder would predict is filler too."""
 
     terms = ("loss",)
     num_sums = 2
@@ -77,7 +79,8 @@ class Prefix:
         source, targets = text.split(lengths, dim=1)
         documents = None if self.config.attention_across_documents else documents_of(text, self.eos).split(lengths, 1)
         keys = noise.sample_keys(self.seed, numbers)
-        return paired(source, targets, torch.ones_like(targets), documents, keys, self.eos)  # type: ignore[arg-type]
+        counted = ~filler(text, self.eos)[:, lengths[0] :]
+        return paired(source, targets, counted, documents, keys, self.eos)  # type: ignore[arg-type]
 
 
 def documents_of(text: Tensor, eos: int) -> Tensor:

@@ -3,7 +3,8 @@
 A share of the tokens is cut out in spans. The source is the rest, with a sentinel in the place of each span; the target is
 the spans, each behind its sentinel. Both end with the document end. How many tokens and spans there are depends on the
 sequence's length alone; where they lie is drawn: the cut-out tokens fall into spans, and the others into as many runs, in
-all ways with equal chance, and a sample begins with a run and ends with a span.
+all ways with equal chance, and a sample begins with a run and ends with a span. So of a row's text and its filler as large a
+share is cut out; what is filler counts for nothing, nor do the sentinels of spans that begin there.
 
 Shapes: B batch, L tokens of a sample, M source, S target, K spans.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from kernels import noise
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.objectives.batch import PairBatch
+from pretrain.objectives.filler import filler
 from pretrain.objectives.pairs import documents_of, paired
 
 SPANS, RUNS = range(2)  # sites: what is drawn
@@ -32,9 +34,9 @@ class SpanCorruption:
     predicts_text = False
     also: Any = None
 
-    def __init__(self, config: ObjectiveConfig, sentinels: Tensor, eos: int, seed: int) -> None:
-        """sentinels (>= K,) int64: ids, of the first span first."""
-        self.config, self.sentinels, self.eos, self.seed = config, sentinels, eos, seed
+    def __init__(self, config: ObjectiveConfig, sentinels: Tensor, eos: int, seed: int, rows: bool = False) -> None:
+        """sentinels (>= K,) int64: ids, of the first span first; rows: whether samples are rows that may hold filler."""
+        self.config, self.sentinels, self.eos, self.seed, self.rows = config, sentinels, eos, seed, rows
 
     def __call__(self, numbers: Tensor, tokens: Tensor) -> PairBatch:
         """numbers (B,) int64; tokens (B, L + 1) int64, of which the last is left out."""
@@ -47,13 +49,14 @@ class SpanCorruption:
         twice = torch.stack((begins, cut), dim=2).flatten(1)
         marks = torch.stack((begins, torch.zeros_like(cut)), dim=2).flatten(1)
         targets = self._gather(text.repeat_interleave(2, 1), twice, marks, span.repeat_interleave(2, 1))
-        documents = None
-        if not self.config.attention_across_documents:
-            of = documents_of(text, self.eos)
+        documents, gone = None, filler(text, self.eos)
+        if self.rows or not self.config.attention_across_documents:
+            of = gone.long() if self.config.attention_across_documents else documents_of(text, self.eos)
             documents = self._end(_kept(of, ~cut | begins)), self._end(_kept(of.repeat_interleave(2, 1), twice))
         source, targets = F.pad(source, (0, 1), value=self.eos), F.pad(targets, (0, 1), value=self.eos)
         keys = noise.sample_keys(self.seed, numbers)
-        return paired(source, targets, torch.ones_like(targets), documents, keys, self.eos)
+        counted = self._end(_kept(~gone.repeat_interleave(2, 1), twice))
+        return paired(source, targets, counted, documents, keys, self.eos)
 
     def noise_mask(self, numbers: Tensor, length: int) -> Tensor:
         """(B, L) bool: which tokens are cut out."""
@@ -68,9 +71,9 @@ class SpanCorruption:
         """The tokens at the places that are kept, at marks the span's sentinel: of every row as many."""
         return _kept(torch.where(marks, self.sentinels[span.clamp(min=0)], text), kept)
 
-    def _end(self, documents: Tensor) -> Tensor:
-        """The end at the end of a side is of the last document."""
-        return torch.cat((documents, documents[:, -1:]), dim=1)
+    def _end(self, of_tokens: Tensor) -> Tensor:
+        """The end at the end of a side is of the last token's document, and counts if that does."""
+        return torch.cat((of_tokens, of_tokens[:, -1:]), dim=1)
 
 
 def _kept(x: Tensor, kept: Tensor) -> Tensor:

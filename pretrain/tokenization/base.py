@@ -96,6 +96,10 @@ class Tokenizer(ABC):
             raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}")
         return self._decode(ids)
 
+    def decode_many(self, rows: list[list[int]]) -> list[str]:
+        """Text of each of several rows of ids that this tokenizer gave: they are not checked."""
+        return [self._decode(row) for row in rows]
+
     @abstractmethod
     def piece(self, index: int) -> str:
         """The piece as the tokenizer writes it."""

@@ -37,26 +37,65 @@ class VocabularyTooLarge(UserError):
         self.largest = largest
 
 
-def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """At most `max_bytes` of the texts' pieces: those of lowest hash, so neither order nor number of texts matters.
+class Sample:
+    """At most `max_bytes` of texts' pieces: those of lowest hash, so neither order nor number of texts matters.
 
-    One pass, memory bounded by `max_bytes`. Returned in the order of their hashes. A piece that is shed shuts out all of
-    higher hash for good, or a short one that comes later would take the room that a long one left.
+    Memory is bounded by `max_bytes`. A piece that is shed shuts out all of higher hash for good, or a short one that comes
+    later would take the room that a long one left. With `below`, pieces whose hash is not below it are passed over.
     """
-    heap: list[tuple[int, str]] = []  # of hashes below zero, so that the highest is shed first
-    size, shed = 0, -(2**64)
-    for text in texts:
+
+    def __init__(self, max_bytes: int, seed: int, below: int = 2**64) -> None:
+        self.max_bytes, self.seed, self.below = max_bytes, seed % 2**64, below
+        self.size = 0
+        self.passed_over = False  # whether `below` kept any out
+        self.shed = 2**64  # the lowest hash that found no room
+        self._heap: list[tuple[int, str]] = []  # of hashes below zero, so that the highest is shed first
+
+    def add(self, text: str) -> None:
+        """Draw from one more text."""
         for piece in cut(text, PIECE):
             data = piece.encode()
-            mark = -xxhash.xxh64_intdigest(data, seed=seed % 2**64)
-            if not data or mark <= shed:
-                continue
-            heapq.heappush(heap, (mark, piece))
-            size += len(data)
-            while size > max_bytes and len(heap) > 1:
-                mark, last = heapq.heappop(heap)
-                size, shed = size - len(last.encode()), max(shed, mark)
-    return [piece for _, piece in sorted(heap, reverse=True)]
+            mark = xxhash.xxh64_intdigest(data, seed=self.seed)
+            if mark >= self.below:
+                self.passed_over = True
+            elif data and mark < self.shed:
+                self._push(mark, piece, len(data))
+
+    def merge(self, pieces: Iterable[str], shed: int) -> None:
+        """Add a sample of other texts: its pieces, and the lowest hash that it shed. Those behind it are shed here too, since
+        they may stand behind one that is not there; copies of that one which are there had room."""
+        self.shed = min(self.shed, shed)
+        for piece in pieces:
+            data = piece.encode()
+            mark = xxhash.xxh64_intdigest(data, seed=self.seed)
+            if mark <= self.shed:
+                self._push(mark, piece, len(data))
+        while self._heap and -self._heap[0][0] > self.shed:
+            self._pop()
+
+    def _push(self, mark: int, piece: str, size: int) -> None:
+        heapq.heappush(self._heap, (-mark, piece))
+        self.size += size
+        while self.size > self.max_bytes and len(self._heap) > 1:
+            self.shed = min(self.shed, self._pop())
+
+    def _pop(self) -> int:
+        mark, piece = heapq.heappop(self._heap)
+        self.size -= len(piece.encode())
+        return -mark
+
+    @property
+    def pieces(self) -> list[str]:
+        """In the order of their hashes."""
+        return [piece for _, piece in sorted(self._heap, reverse=True)]
+
+
+def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """The pieces of a `Sample` of the texts."""
+    drawn = Sample(max_bytes, seed)
+    for text in texts:
+        drawn.add(text)
+    return drawn.pieces
 
 
 def train_tokenizer(

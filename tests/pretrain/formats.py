@@ -81,20 +81,34 @@ def write_manifest_1(folder: Path) -> None:
 def write_manifest_2(folder: Path) -> None:
     """With the tokenizer's file by name; rows of pairs were not known."""
     value = json.loads((folder / "manifest.json").read_bytes())
+    value.pop("padding", None)
     assert value["packing"] == "concat"
     text = json.dumps({**value, "version": 2}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     (folder / "manifest.json").write_bytes(text.encode() + b"\n")
 
 
 def write_manifest_3(folder: Path) -> None:
+    """With rows of pairs, in the order of their file; no other rows were known, nor was what fills them counted."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    value.pop("padding", None)
+    packing = value["packing"].replace("fit-pairs", "pairs")
+    assert packing == "concat" or packing.split()[0] == "pairs"
+    text = json.dumps(
+        {**value, "version": 3, "packing": packing}, sort_keys=True, separators=(",", ":"), ensure_ascii=True
+    )
+    (folder / "manifest.json").write_bytes(text.encode() + b"\n")
+
+
+def write_manifest_4(folder: Path) -> None:
     """The one that is there."""
     value = json.loads((folder / "manifest.json").read_bytes())
-    assert value["version"] == 3 and value["tokenizer"].keys() == {"file", "sha256"}
+    assert value["version"] == 4 and type(value["padding"]) is int
 
 
 MANIFEST_WRITERS: dict[int, Callable[[Path], None]] = {
     1: write_manifest_1,
     2: write_manifest_2,
     3: write_manifest_3,
+    4: write_manifest_4,
 }
 WRITERS: dict[int, Callable[[Path, Tensors], None]] = {1: write_format_1, 2: write_format_2}

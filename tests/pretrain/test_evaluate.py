@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from pretrain.evaluate import sum_loss
 from pretrain.loading import Loaded, load_model
 from tests.pretrain import running

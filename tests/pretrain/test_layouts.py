@@ -75,7 +75,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_shards(folder: Path) -> Path:
     """Half of the documents are single words, half paragraphs: micro-batches differ much in the targets that count. The
     vocabulary of 380 leaves padding on the last tensor rank alone."""
-    from pretrain.data.prepare import Options, prepare
+    from pretrain.data.prepare import prepare
+    from pretrain.data.preparing.options import Options
 
     modules = islice(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")), 24)
     texts = [path.read_bytes()[:4000].decode("ascii", "ignore") for path in modules]

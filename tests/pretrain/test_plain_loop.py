@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pretrain.config.model import ModelConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from pretrain.train import train
 from tests.distributed import run_ranks
 from tests.pretrain.models.references import Named, as_gpt2, load, make_gpt2, weights_of

@@ -17,7 +17,7 @@ from sacrebleu import corpus_bleu
 from pretrain.checkpoint import open_checkpoint, read_weight, weight_shapes
 from pretrain.data.made import docstrings, reversals
 from pretrain.data.pairs import Lengths, prepare_pairs
-from pretrain.data.prepare import Options
+from pretrain.data.preparing.options import Options
 from pretrain.loading import Loaded, load_model
 from pretrain.models.transformer import EncoderDecoder
 from pretrain.opening import folder_of

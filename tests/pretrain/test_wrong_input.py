@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from tests.distributed import run_python
 from tests.pretrain import running
 from tests.pretrain.running import Ran, assert_refused, command, train

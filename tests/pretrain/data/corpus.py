@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.prepare import Options, Part, Report, _finish_part, prepare
-from pretrain.data.shards import ShardWriter, dtype_of
+from pretrain.data.packing import CONCATENATED
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.merge import write_manifest
+from pretrain.data.preparing.options import Options, Part, Report
+from pretrain.data.shards import Entry, ShardWriter, dtype_of
 from pretrain.tokenization.base import Tokenizer
 
 ODD = [
@@ -54,7 +57,8 @@ def write_source(
     """A folder of shards of just these tokens."""
     writer = ShardWriter(folder, dtype_of(tokenizer.vocab_size), tokens_per_chunk, per_shard)
     writer.add(tokens.astype(dtype_of(tokenizer.vocab_size)))
-    _finish_part(folder, Part(1, len(tokens), len(tokens)), tokenizer, writer)
+    entries = [Entry(**entry) for entry in writer.finish()]
+    write_manifest(folder, Part(1, len(tokens), len(tokens)), tokenizer, entries, writer.tokens_per_chunk, CONCATENATED)
     return folder
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(large: Path, model_file: Path, out: Path) -> list[str | Path]:
+    options = ["--tokens-per-chunk", "16384", "--processes", "2", "--validation", "0", "--piece-bytes", "100000"]
+    return ["pretrain", "prepare", large, "--out", out, "--tokenizer", model_file, *options]
+
+
 @contextmanager
 def preparing(large: Path, model_file: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     """`prepare` with two processes, in the middle of its work; killed at the end if it is still there."""
-    options = ["--tokenizer", model_file, "--tokens-per-chunk", "16384", "--processes", "2"]
-    with start_python(["pretrain", "prepare", large, "--out", out, *options]) as process:
+    with start_python(command(large, model_file, out)) as process:
         try:
             wait_for(in_the_middle(out), process)
             yield process
@@ -59,8 +64,20 @@ def wait_for(done: Callable[[], bool], process: subprocess.Popen[str] | None = N
 
 
 def in_the_middle(out: Path) -> Callable[[], bool]:
-    """Shards are being written."""
-    return lambda: any((out.parent / f".{out.name}.preparing").glob("train/*.tar"))
+    """Pieces are being encoded, and one is done."""
+    return lambda: any((out.parent / f".{out.name}.preparing").glob("work/encode/0*.json"))
+
+
+def workers_on(out: Path) -> list[int]:
+    """Processes that work on the folder's draft."""
+    return [pid for pid, words in commands() if str(out.parent / f".{out.name}.preparing" / "work") in words]
+
+
+def commands() -> Iterator[tuple[int, list[str]]]:
+    """Every process, and its command line."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            yield int(folder.name), (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
 def group_is_gone(group: int) -> bool:
@@ -71,7 +88,7 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
-def test_killed_in_the_middle_it_leaves_no_folder_and_the_next_start_says_so_and_succeeds(
+def test_killed_in_the_middle_it_leaves_no_folder_and_the_next_start_goes_on(
     large: Path, model_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"
@@ -79,15 +96,15 @@ def test_killed_in_the_middle_it_leaves_no_folder_and_the_next_start_says_so_and
         process.kill()
         process.communicate(timeout=90)  # its output ends when the tokenizing processes have ended too
         assert not out.exists()
-        wait_for(lambda: group_is_gone(process.pid))  # the tokenizing processes end by themselves
-    result = run_python(["pretrain", "prepare", large, "--out", out, "--tokenizer", model_file, "--validation", "0"])
+        wait_for(lambda: not workers_on(out))  # the tokenizing processes end by themselves
+    result = run_python(command(large, model_file, out))
     assert result.returncode == 0, result.stderr
-    assert f"An earlier run that was to write {out} was interrupted; its leftover is removed" in result.stderr
+    assert re.search(r"Going on with an unfinished work: [1-9]\d* of 12 pieces are done", result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
     assert Manifest.load(out / "train").documents == 12
 
 
-def test_while_one_prepares_a_second_is_refused_and_ctrl_c_leaves_nothing(
+def test_while_one_prepares_a_second_is_refused_and_ctrl_c_keeps_what_is_done(
     large: Path, model_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "shards"
@@ -102,8 +119,9 @@ def test_while_one_prepares_a_second_is_refused_and_ctrl_c_leaves_nothing(
     assert second.stderr == f"error: Another process is preparing {out} right now.\n"
     assert (process.returncode, errors.splitlines()[-1]) == (130, "interrupted")
     assert "Traceback" not in errors
-    assert list(out.parent.iterdir()) == []
-    assert group_is_gone(process.pid)
+    assert f"What is done is kept beside {out}: the same command goes on with it" in errors
+    assert [path.name for path in out.parent.iterdir()] == [".shards.preparing"]
+    assert not workers_on(out)
 
 
 # -- the folder by itself --------------------------------------------------------------------------------------------

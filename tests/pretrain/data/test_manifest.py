@@ -70,6 +70,52 @@ def test_shards_of_each_version_give_the_same_samples(source: Path, version: int
     then.close()
 
 
+PACKINGS = {  # of 999 tokens in chunks of 64, and what is wrong with it
+    "fit 16": "its chunks do not hold whole rows of 16 tokens",
+    "fit 27": "its chunks do not hold whole rows of 27 tokens",
+    "fit 0": "lengths are whole numbers of tokens",
+    "fit 1": "is no packing",
+    "fit": "is no packing",
+    "fit 16 16": "is no packing",
+    "sentences 3": "is no packing",
+    "concat 16": "is no packing",
+    "pairs 16": "is no packing",
+    "fit  16": "lengths are whole numbers of tokens",
+    "fit 16\n": "lengths are whole numbers of tokens",
+    "fit ١٦": "lengths are whole numbers of tokens",
+    "best 16": "is no packing",
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packing_that_cannot_be_is_refused(source: Path, packing: str) -> None:
+    write(source, {**value_of(source), "packing": packing})
+    assert PACKINGS[packing] in refusal(source)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("packing", ["fit 16", "sentences 16", "fit-pairs 8 8", "pairs 8 8"])
+def test_a_packing_that_a_version_did_not_know_is_refused(source: Path, version: int, packing: str) -> None:
+    MANIFEST_WRITERS[version](source)
+    write(source, {**value_of(source), "packing": packing})
+    if (version, packing) == (3, "pairs 8 8"):
+        opened(source)
+    else:
+        assert f"its packing is not known in version {version}" in refusal(source)
+
+
+def test_padding_is_counted_from_version_4_on(source: Path) -> None:
+    for padding, words in ((-1, "padding must be a whole number"), (1001, "more padding than tokens")):
+        write(source, {**value_of(source), "padding": padding})
+        assert words in refusal(source)
+    write(source, {**value_of(source), "padding": 30})
+    assert Manifest.load(source).padding == 30
+    MANIFEST_WRITERS[3](source)
+    assert Manifest.load(source).padding == 0
+    write(source, {**value_of(source), "padding": 0})
+    assert "its fields are not those of a manifest" in refusal(source)
+
+
 def test_a_version_1_manifest_with_what_it_never_had_is_refused(source: Path) -> None:
     write(source, {**value_of(source), "version": 1})
     assert f"{source / 'manifest.json'} is damaged or not a manifest" in refusal(source)
@@ -96,6 +142,7 @@ def test_any_bytes_changed_give_a_user_error_or_a_manifest(source: Path, data: s
 FIELDS = [
     *((name,) for name in ("tokens", "chunks", "documents", "text_bytes", "tokens_per_chunk", "vocab_size", "version")),
     *((name,) for name in ("dtype", "format", "packing", "shards", "special", "tokenizer")),
+    ("padding",),
     *(("special", name) for name in ("eos", "bos", "another")),
     ("tokenizer", "sha256"),
     ("tokenizer", "file"),
@@ -103,7 +150,7 @@ FIELDS = [
     ("shards", 1),
     ("another",),
 ]
-HARMLESS = {("documents",), ("text_bytes",)}  # nothing follows from them
+HARMLESS = {("documents",), ("text_bytes",), ("padding",)}  # nothing follows from them
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))
@@ -240,8 +287,8 @@ def test_an_edited_spelling_of_the_same_value_is_refused(source: Path) -> None:
 
 
 def test_a_newer_version_says_which_is_read(source: Path) -> None:
-    write(source, {**value_of(source), "version": 4})
-    assert "has version 4; this program reads versions 1 to 3" in refusal(source)
+    write(source, {**value_of(source), "version": 5})
+    assert "has version 5; this program reads versions 1 to 4" in refusal(source)
 
 
 def test_another_tokenizer_than_the_shards_is_refused(source: Path) -> None:

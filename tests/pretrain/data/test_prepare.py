@@ -13,7 +13,8 @@ import pytest
 import xxhash
 import zstandard
 
-from pretrain.data.prepare import Options, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.preparing.options import Options
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.tokenization.foreign import load_tokenizer
@@ -98,9 +99,10 @@ def test_the_report_and_the_manifests_count_what_was_written(prepared: Path) -> 
     for part, texts in found.items():
         size = sum(len(text.encode()) for text in texts)
         tokens = len(read_with_tarfile(prepared / part))
-        assert report["parts"][part] == {"documents": len(texts), "tokens": tokens, "text_bytes": size}
+        counts = {"documents": len(texts), "tokens": tokens, "text_bytes": size, "padding": 0}
+        assert report["parts"][part] == counts
         manifest = json.loads((prepared / part / "manifest.json").read_bytes())
-        assert {name: manifest[name] for name in ("documents", "tokens", "text_bytes")} == report["parts"][part]
+        assert {name: manifest[name] for name in counts} == counts
     assert (report["vocab_size"], report["skipped"]) == (420, {})
 
 

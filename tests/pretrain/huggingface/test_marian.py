@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import weight_shapes
 from pretrain.data.pairs import Lengths, prepare_pairs
-from pretrain.data.prepare import Options
+from pretrain.data.preparing.options import Options
 from pretrain.errors import UserError
 from pretrain.huggingface.export import export
 from pretrain.huggingface.forms import join, take
