@@ -81,6 +81,7 @@ class Stream:
         self._chunks = [Chunks(manifest) for manifest in self.manifests]
         self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
         self._lock = threading.Lock()
+        self.row = 0  # of those that `gather` reads, the one that it is at: who waits for it may ask
 
     @property
     def samples_per_epoch(self) -> int:
@@ -112,8 +113,9 @@ class Stream:
         out = np.empty((len(samples), self.seq_length + 1), np.int64)
         chunks, firsts = self._place(sources, samples)
         with self._lock:
-            for row, source, chunk, first in zip(out, sources.tolist(), chunks.tolist(), firsts.tolist(), strict=True):
-                row[:] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+            places = zip(sources.tolist(), chunks.tolist(), firsts.tolist(), strict=True)
+            for self.row, (source, chunk, first) in enumerate(places):
+                out[self.row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
         return out
 
     def unpadded(self, tokens: Integers) -> Integers:
@@ -124,6 +126,11 @@ class Stream:
         """(chunk, first token in it) of samples, each (B,)."""
         chunks, indices = np.divmod(samples, self._per_chunk[sources])
         return chunks, indices * self.seq_length
+
+    def where(self, source: int, sample: int) -> str:
+        """The shard and chunk of a sample, as `order.locate` gives it, for people."""
+        chunk = int(sample // self._per_chunk[source])
+        return f"{self.manifests[source].folder / self._chunks[source].shard_of(chunk).name}, chunk {chunk}"
 
     def explain(self, number: int) -> dict[str, Any]:
         """Where a sample number's tokens are from, and its text by document."""
