@@ -8,9 +8,11 @@ not the expected header.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import stat
+import sys
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -43,10 +45,12 @@ class Chunks:
     def __init__(self, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
         self.manifest = manifest
         self._stride = layout.padded((manifest.tokens_per_chunk + 1) * manifest.dtype.itemsize)
+        self._firsts: list[int] = manifest.first_chunks.tolist()  # of integers bisect finds one in a fifth of numpy's time
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._verified = bytearray(manifest.chunks)
         self._cache: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
         self._keep = max(1, cache_bytes // self._stride)
+        self._spare: np.ndarray[Any, Any] | None = None  # memory of a chunk that has left the cache
         for number in range(len(manifest.shards)):
             self._check_shard(number)
 
@@ -74,26 +78,42 @@ class Chunks:
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """(shard, the chunk's place in it)."""
-        number = int(np.searchsorted(self.manifest.first_chunks, chunk, side="right")) - 1
-        return number, chunk - int(self.manifest.first_chunks[number])
+        number = bisect.bisect_right(self._firsts, chunk) - 1
+        return number, chunk - self._firsts[number]
 
     def _verify(self, chunk: int) -> np.ndarray[Any, Any]:
         number, index = self._place(chunk)
         size = layout.chunk_values(chunk, self.manifest) * self.manifest.dtype.itemsize
-        data = memoryview(self._read(number, chunk, index * self._stride, layout.BLOCK + size))
-        header, values = bytes(data[: layout.BLOCK]), data[layout.BLOCK :]
+        data = self._read_whole(number, chunk, index * self._stride, layout.BLOCK + size)
+        header, values = data[: layout.BLOCK].tobytes(), data[layout.BLOCK :]
         if header != layout.header(chunk, size):
             self._refuse(number, chunk, _difference(header, chunk, size))
         if hashlib.sha256(values).digest() != self._opened(number).hashes[32 * index : 32 * index + 32]:
             self._refuse(number, chunk, "its bytes were altered: the SHA-256 is not the recorded one")
-        tokens = np.frombuffer(values, self.manifest.dtype)
+        tokens = values.view(self.manifest.dtype)
         if (largest := int(tokens.max())) >= self.manifest.vocab_size:
             self._refuse(number, chunk, f"it holds the id {largest}, and the vocabulary has {self.manifest.vocab_size}")
         self._verified[chunk] = 1
         self._cache[chunk] = tokens
         if len(self._cache) > self._keep:
-            self._cache.popitem(last=False)
+            self._spare = self._cache.popitem(last=False)[1].base
         return tokens
+
+    def _read_whole(self, number: int, chunk: int, start: int, size: int) -> np.ndarray[Any, Any]:
+        """`size` bytes of a shard, of a chunk and its header, as uint8; see `_read`. Into memory that was used before where
+        there is some: the first touch of fresh memory costs more than the reading itself."""
+        memory, self._spare = self._spare, None
+        if memory is None or sys.getrefcount(memory) > 2:  # it is this variable's and the call's alone, or someone has a view
+            memory = np.empty(layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8)
+        data, done, file = memory[:size], 0, self._opened(number).file
+        try:
+            while done < size and (more := os.preadv(file, [data[done:]], start + done)):
+                done += more
+        except OSError as error:
+            self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
+        if done < size:
+            self._refuse(number, chunk, "the file was cut short")
+        return data
 
     def _read(self, number: int, chunk: int, start: int, size: int) -> bytes:
         """`size` bytes of a shard; what a short read left out is asked for again, until the file's end."""

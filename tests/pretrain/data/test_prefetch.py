@@ -180,15 +180,15 @@ def test_a_depth_of_zero_is_refused(stream: Stream) -> None:
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """From the 17th sample's chunk on a read waits at an empty pipe, as at a disk that does not answer."""
     reads, writes = os.pipe()
-    here, read = threading.Event(), os.pread
+    here, read = threading.Event(), os.preadv
 
-    def pread(file: int, size: int, start: int) -> bytes:
+    def preadv(file: int, buffers: Any, start: int) -> int:
         if not here.is_set() and "shard-00001.tar" in os.readlink(f"/proc/self/fd/{file}"):
             here.set()
             os.read(reads, 1)
-        return read(file, size, start)
+        return read(file, buffers, start)
 
-    monkeypatch.setattr(chunks.os, "pread", pread)
+    monkeypatch.setattr(chunks.os, "preadv", preadv)
     yield here
     os.close(writes)  # which ends the read
     for thread in threading.enumerate():
