@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from goals import aim, table_of
 from overhead import by_package
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ def show(result: dict[str, Any]) -> list[dict[str, Any]]:
         _metadata(console, result["metadata"], targets)
     if "memory" in result:
         console.print(_memory(result["memory"], targets))
-    console.print(_targets(targets))
+    console.print(table_of(targets))
     return targets
 
 
@@ -102,7 +103,7 @@ def _loop(found: dict[str, Any], targets: list[dict[str, Any]]) -> Table:
         spread = f"{slower['min']:+.1%} to {slower['max']:+.1%}"
         parts = f"{one['largest_relative_difference_of_loss']:.1e}"
         table.add_row(name, *map(_ms, times), f"{slower['median']:+.1%}", spread, parts)
-        _aim(targets, f"{name} engine slower than the bare loop", SLOWER, slower["median"])
+        aim(targets, f"{name} engine slower than the bare loop", SLOWER, slower["median"])
     return table
 
 
@@ -134,8 +135,8 @@ def _checkpoint(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> Ta
             *(f"{stalled['min']:.2f} to {stalled['max']:.2f}", f"{write:.2f}", f"{save:.2f}", f"{rate['median']:.0%}"),
             f"{rate['min']:.0%} to {rate['max']:.0%}",
         )
-        _aim(targets, f"{row['layout']}: stall / copy", STALL, stalled["median"])
-        _aim(targets, f"{row['layout']}: save's rate / disk's", DISK, rate["median"], least=True)
+        aim(targets, f"{row['layout']}: stall / copy", STALL, stalled["median"])
+        aim(targets, f"{row['layout']}: save's rate / disk's", DISK, rate["median"], least=True)
     return table
 
 
@@ -147,8 +148,8 @@ def _metadata(console: Console, found: dict[str, Any], targets: list[dict[str, A
         f"{found['plan_seconds']:.2f} s; it opens {found['files_opened']} of {found['files']:,} files, {found['files_needed']} "
         f"hold its boxes"
     )
-    _aim(targets, "open and plan a checkpoint of 1,024 ranks, seconds", METADATA, seconds)
-    _aim(targets, "files opened that are not needed", 0, found["times_opened"] - found["files_needed"])
+    aim(targets, "open and plan a checkpoint of 1,024 ranks, seconds", METADATA, seconds)
+    aim(targets, "files opened that are not needed", 0, found["times_opened"] - found["files_needed"])
 
 
 def _memory(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> Table:
@@ -171,17 +172,5 @@ def _memory(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> Table:
             one["formula"]["moment"],
         )
     if rows:
-        _aim(targets, "largest difference of memory and formula", MEMORY, worst)
-    return table
-
-
-def _aim(targets: list[dict[str, Any]], what: str, aim: float, found: float, least: bool = False) -> None:
-    met = found >= aim if least else found <= aim
-    targets.append({"what": what, "aim": f"at {'least' if least else 'most'} {aim:g}", "found": found, "met": met})
-
-
-def _targets(targets: list[dict[str, Any]]) -> Table:
-    table = _table("", "what", "aim", "found", "met", left=2)
-    for target in targets:
-        table.add_row(target["what"], target["aim"], f"{target['found']:.3g}", "yes" if target["met"] else "NO")
+        aim(targets, "largest difference of memory and formula", MEMORY, worst)
     return table

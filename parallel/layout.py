@@ -44,7 +44,11 @@ class ParallelConfig(BaseModel):
         "none",
         description="activations made again in the backward pass: none, selective (attention) or full (each layer)",
     )
-    timeout: float = Field(600.0, gt=0, description="seconds after which a rank that waits for the others gives up")
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds after which a rank gives up that waits for the others, or, 0.9 of them, for its data",
+    )
     bandwidth_floor: float | None = Field(
         None,
         gt=0,

@@ -28,7 +28,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -59,10 +59,16 @@ class Beat(NamedTuple):
     ended: str  # by which error of its own
     inside: str = ""  # the function that the main thread was in, or the collective
     collective: str = ""  # the last one that it was seen in
+    reads: str = ""  # what its main thread waits to be read
 
     @property
     def place(self) -> str:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
+
+    @property
+    def seen(self) -> str:
+        """The place, and what it waits to be read."""
+        return f"{self.place} ({self.reads})" if self.reads else self.place
 
     @property
     def told(self) -> str:
@@ -91,6 +97,7 @@ class Heartbeat:
         self.heard: Beat | None = None  # of the next rank
         self.everyone: list[Beat | None] = []  # once they were asked for a finding
         self.pulse: Pulse | None = None
+        self.reader: Callable[[], str] = str  # what the main thread waits to be read now, in words
         self.first: Beat | None = None  # of rank 0, which may not answer when it is asked
         self.finding = ""
         self.left: stacks.Inside | None = None  # what the main thread was in when it lost the others
@@ -149,7 +156,7 @@ class Heartbeat:
                 over = self.over.is_set()
                 faulthandler.dump_traceback_later(max(self.timeout, 3 * BEAT), file=2)
                 inside, collective = self._look(collective)
-                beat = self.now._replace(number=number, inside=inside, collective=collective)
+                beat = self.now._replace(number=number, inside=inside, collective=collective, reads=self.reader())
                 self.store.set(self._key(self.rank), json.dumps(beat))
                 if over:
                     return
@@ -274,7 +281,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _tell(beats: dict[int, Beat], what: str) -> str:
-    return "; ".join(f"rank {rank} ({beat.host}) {what}, its last beat: {beat.place}" for rank, beat in beats.items())
+    return "; ".join(f"rank {rank} ({beat.host}) {what}, its last beat: {beat.seen}" for rank, beat in beats.items())
 
 
 def lost_others(error: BaseException) -> bool:

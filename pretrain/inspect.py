@@ -1,9 +1,11 @@
-"""What a run or a folder of shards holds, for people: `python -m pretrain inspect`."""
+"""What a run, a folder of shards or a config's data hold, for people: `python -m pretrain inspect`.
+
+A run is told of here, data in `pretrain.data.inspecting`.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -11,76 +13,37 @@ from rich.table import Table
 
 from pretrain.config.folder import CONFIG
 from pretrain.data import manifest as manifests
-from pretrain.data.manifest import Manifest
-from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import run_labels, task_of
 from pretrain.metrics import read_metrics
+from pretrain.printable import printable
 from pretrain.runs import run_config, run_tokenizer
 from pretrain.sizes import Sizes, parameters_of
 from pretrain.vocabulary import vocabulary_of
 
-SEQ_LENGTH = 256  # of a sample, where the folder has no rows
+OF_DATA = ("sample", "config", "verify", "json")  # options that a run's folder has no use for
 
 
 def main(args: Namespace) -> int:
-    """Tell of a run's folder or of a folder of shards, whichever it is. Raises UserError where it is neither."""
-    path, console = Path(args.path), Console(highlight=False, markup=False, soft_wrap=True)
-    if (path / manifests.NAME).is_file():
-        return _data(path, args, console)
+    """Tell of a run's folder, a folder of shards or a config file, whichever it is. Returns 1 where something is damaged.
+    Raises UserError where it is none of them."""
+    from pretrain.data.inspecting import command
+
+    path = Path(args.path)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if (path / manifests.NAME).is_file() or (path.is_file() and path.suffix in (".yaml", ".yml")):
+        return command.main(path, args, console)
     if (path / CONFIG).is_file():
-        if args.sample is not None:
-            raise UserError(f"--sample: {path} is a run's folder; name a folder of shards, such as shards/train")
+        for name in OF_DATA:
+            if getattr(args, name):
+                raise UserError(f"--{name}: {path} is a run's folder; name a folder of shards, such as shards/train")
         return _run(path, console)
     parts = [str(part.parent) for part in sorted(path.glob(f"*/{manifests.NAME}"))]
     hint = f"; there are shards in {', '.join(parts)}" if parts else ""
-    raise UserError(f"{path}: neither a run's folder ({CONFIG}) nor a folder of shards ({manifests.NAME}){hint}")
-
-
-# -- shards ----------------------------------------------------------------------------------------------------------
-
-
-def _data(path: Path, args: Namespace, console: Console) -> int:
-    if args.sample is not None:
-        _sample(path, args, console)
-        return 0
-    manifest = Manifest.load(path)
-    table = _two_columns(str(path))
-    for name, value in _facts(manifest):
-        table.add_row(name, value)
-    console.print(table)
-    return 0
-
-
-def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "documents", f"{manifest.documents:,}"
-    yield "tokens", f"{manifest.tokens:,} ({manifest.dtype.name})"
-    filler = f", {manifest.padding / manifest.tokens:.2%} of them filler" if manifest.packing.row > 1 else ""
-    yield "packing", f"{manifest.packing}{filler}"
-    yield "bytes of text", f"{manifest.text_bytes:,} ({manifest.text_bytes / manifest.tokens:.2f} per token)"
-    yield "vocabulary", f"{manifest.vocab_size:,}"
-    yield "special ids", ", ".join(f"{name} {index}" for name, index in manifest.special.items())
-    yield "shards", f"{len(manifest.shards)} of {manifest.chunks} chunks, {manifest.tokens_per_chunk:,} tokens each"
-    yield "tokenizer", f"SHA-256 {manifest.tokenizer_sha256[:16]}"
-    yield "manifest", f"SHA-256 {manifest.fingerprint[:16]}"
-
-
-def _sample(path: Path, args: Namespace, console: Console) -> None:
-    """One training sequence, as the model will see it."""
-    if args.sample < 0:
-        raise UserError(f"--sample {args.sample}: sample numbers begin at 0")
-    row = Manifest.load(path).packing.row
-    stream = Stream([path], args.seq_length or (row if row > 1 else SEQ_LENGTH), args.seed)
-    found = stream.explain(args.sample)
-    stream.close()
-    place = f"{found['shard']}, chunk {found['chunk']}, token {found['first_token']:,}"
-    console.print(f"sample {args.sample} of seed {args.seed}: epoch {found['epoch']}, {place}")
-    for number, text in enumerate(found["documents"], start=1):
-        console.print(f"--- document {number} of {len(found['documents'])}")
-        console.print(text)
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
+    raise UserError(
+        f"{printable(str(path))}: neither a run's folder ({CONFIG}) nor a folder of shards ({manifests.NAME}) nor a config "
+        f"file{hint}"
+    )
 
 
 def _run(path: Path, console: Console) -> int:
@@ -115,7 +78,3 @@ def _run(path: Path, console: Console) -> int:
 def _last(path: Path) -> str:
     lines = [line for line in read_metrics(path) if line.get("loss") is not None]
     return f"step {lines[-1]['step']:,}, loss {lines[-1]['loss']:.4f}" if lines else "no step logged yet"
-
-
-def _two_columns(title: str) -> Table:
-    return Table("", "", title=title, show_header=False)

@@ -41,6 +41,8 @@ from pretrain.showing import Showing
 from pretrain.stragglers import Stragglers
 from pretrain.trainable import frozen_weights
 
+WAIT = 0.9  # of the ranks' time limit, for a batch: who waits for data says what it is before the others give it up
+
 
 class StepData(NamedTuple):
     """This rank's part of one step."""
@@ -127,8 +129,9 @@ class Run:
             self.grid.data_size,
             self.config.data.prefetch,
             self.objective.also,
-            self.config.data.remote.timeout_seconds,
+            WAIT * self.config.parallel.timeout,
         )
+        self.heartbeat.reader = source.waits_for
         try:
             while self.state.step < end and not self.is_back:
                 self.heartbeat.mark(self.state.step + 1, "data")

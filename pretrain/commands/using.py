@@ -183,13 +183,41 @@ def _harness_options(add: Add) -> None:
 
 
 def _inspect_options(add: Add) -> None:
-    inspect = add("inspect", _inspect, "What a run or a folder of shards holds.", "inspect runs/demo")
-    inspect.add_argument("path", metavar="RUN|DATA", help="folder of a run, or of shards")
-    inspect.add_argument("--sample", type=int, metavar="N", help="of DATA: where sample number N lies, and its text")
-    inspect.add_argument(
-        "--seq-length", type=int, metavar="T", help="with --sample: tokens a sequence (default: 256, or a packed row)"
+    inspect = add(
+        "inspect",
+        _inspect,
+        "What a run or prepared data hold: counts, lengths, duplicates, decoded samples; and whether all is as it was written.",
+        "inspect shards/train --sample 7",
     )
-    inspect.add_argument("--seed", type=int, default=1, metavar="N", help="with --sample: the run's seed (default: 1)")
+    inspect.add_argument(
+        "path", metavar="RUN|DATA", help="folder of a run, or of shards; or a config file, whose sources are told"
+    )
+    inspect.add_argument(
+        "--sample",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="of DATA: where sample number N lies, and what the model sees of it; may be given again",
+    )
+    inspect.add_argument(
+        "--config",
+        metavar="FILE",
+        help="with --sample: by this config's order and objective: what is masked, positions",
+    )
+    inspect.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="T",
+        help="with --sample, without a config: tokens (default: 256, or a packed row)",
+    )
+    inspect.add_argument(
+        "--seed", type=int, metavar="N", help="with --sample, without a config: the run's (default: 1)"
+    )
+    inspect.add_argument(
+        "--verify", action="store_true", help="of DATA: read all, compare every SHA-256 and id, name what is wrong"
+    )
+    inspect.add_argument("--json", action="store_true", help="of DATA: as one JSON value")
 
 
 def _tensorboard_options(add: Add) -> None:

@@ -8,10 +8,11 @@ not the expected header.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import stat
-import time
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +46,14 @@ class Chunks:
     def __init__(self, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
         self.manifest = manifest
         self._stride = layout.padded((manifest.tokens_per_chunk + 1) * manifest.dtype.itemsize)
+        self._firsts: list[int] = (
+            manifest.first_chunks.tolist()
+        )  # of integers bisect finds one in a fifth of numpy's time
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._verified = bytearray(manifest.chunks)
         self._cache: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
         self._keep = max(1, cache_bytes // self._stride)
-        self._reading: tuple[int, float] | None = None  # a chunk of which a file is read, and since when
+        self._spare: np.ndarray[Any, Any] | None = None  # memory of a chunk that has left the cache
         for number in range(len(manifest.shards)):
             self._check_shard(number)
 
@@ -71,26 +75,14 @@ class Chunks:
         while self._open:
             os.close(self._open.popitem()[1].file)
 
-    def stalled(self, seconds: float) -> str:
-        """A sentence where a read of a file has hung for so long, as on a network's disk whose server is gone; else empty.
-        Asked by another thread than the one that reads."""
-        reading = self._reading
-        if reading is None or (hung := time.monotonic() - reading[1]) < seconds:
-            return ""
-        path = self.manifest.folder / self.shard_of(reading[0]).name
-        return (
-            f"{path}, chunk {reading[0]}: the disk has not answered for {hung:.0f} s. Look at what is mounted there; the "
-            "same command goes on from the last checkpoint."
-        )
-
     def shard_of(self, chunk: int) -> Shard:
         """The shard that holds a chunk."""
         return self.manifest.shards[self._place(chunk)[0]]
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """(shard, the chunk's place in it)."""
-        number = int(np.searchsorted(self.manifest.first_chunks, chunk, side="right")) - 1
-        return number, chunk - int(self.manifest.first_chunks[number])
+        number = bisect.bisect_right(self._firsts, chunk) - 1
+        return number, chunk - self._firsts[number]
 
     def _size(self, chunk: int) -> int:
         """Bytes of a chunk's data."""
@@ -99,28 +91,21 @@ class Chunks:
     def _verify(self, chunk: int) -> np.ndarray[Any, Any]:
         """All values of a chunk, read whole and checked."""
         number, index = self._place(chunk)
-        data = self._read(number, chunk, index * self._stride, layout.BLOCK + self._size(chunk))
-        if fault := self._fault(chunk, memoryview(data)):
+        data = self._read_whole(number, chunk, index * self._stride, layout.BLOCK + self._size(chunk))
+        if fault := self._fault(chunk, data.data):
             self._refuse(number, chunk, fault)
-        return self._keep_verified(chunk, data)
+        return self._keep_verified(chunk, data[layout.BLOCK :].view(self.manifest.dtype))
 
     def _fault(self, chunk: int, data: memoryview) -> str:
-        """What is wrong with a whole chunk, its header before it; empty: nothing. This is where chunks are checked."""
-        size, header, values = self._size(chunk), bytes(data[: layout.BLOCK]), data[layout.BLOCK :]
-        if header != layout.header(chunk, size):
-            return _difference(header, chunk, size)
-        if hashlib.sha256(values).digest() != self._hash(chunk):
-            return "its bytes were altered: the SHA-256 is not the recorded one"
-        if (largest := int(np.frombuffer(values, self.manifest.dtype).max())) >= self.manifest.vocab_size:
-            return f"it holds the id {largest}, and the vocabulary has {self.manifest.vocab_size}"
-        return ""
+        """What is wrong with a whole chunk, its header before it; empty: nothing."""
+        return fault(self.manifest, chunk, data, self._hash(chunk))
 
-    def _keep_verified(self, chunk: int, data: bytes) -> np.ndarray[Any, Any]:
-        tokens = np.frombuffer(data, self.manifest.dtype, offset=layout.BLOCK)
+    def _keep_verified(self, chunk: int, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         self._verified[chunk] = 1
         self._cache[chunk] = tokens
         if len(self._cache) > self._keep:
-            self._cache.popitem(last=False)
+            memory = self._cache.popitem(last=False)[1].base
+            self._spare = memory if isinstance(memory, np.ndarray) else None
         return tokens
 
     def _hash(self, chunk: int) -> bytes:
@@ -133,18 +118,35 @@ class Chunks:
         number, index = self._place(chunk)
         return self._read(number, chunk, index * self._stride + layout.BLOCK + start, size)
 
+    def _read_whole(self, number: int, chunk: int, start: int, size: int) -> np.ndarray[Any, Any]:
+        """`size` bytes of a shard, of a chunk and its header, as uint8; see `_read`. Into memory that was used before where
+        there is some: the first touch of fresh memory costs more than the reading itself."""
+        memory, self._spare = self._spare, None
+        if (
+            memory is None or sys.getrefcount(memory) > 2
+        ):  # it is this variable's and the call's alone, or someone has a view
+            memory = np.empty(
+                layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8
+            )
+        data, done, file = memory[:size], 0, self._opened(number).file
+        try:
+            while done < size and (more := os.preadv(file, [data[done:].data], start + done)):
+                done += more
+        except OSError as error:
+            self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
+        if done < size:
+            self._refuse(number, chunk, "the file was cut short")
+        return data
+
     def _read(self, number: int, chunk: int, start: int, size: int) -> bytes:
         """`size` bytes of a shard; what a short read left out is asked for again, until the file's end."""
-        self._reading = chunk, time.monotonic()
+        file = self._opened(number).file
         try:
-            file = self._opened(number).file
             data = os.pread(file, size, start)
             while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
                 data += more
         except OSError as error:
             self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
-        finally:
-            self._reading = None
         if len(data) < size:
             self._refuse(number, chunk, "the file was cut short")
         return data
@@ -206,6 +208,19 @@ class Chunks:
     def _refuse(self, number: int, chunk: int, why: str) -> None:
         path = self.manifest.folder / self.manifest.shards[number].name
         raise UserError(f"{path}, chunk {chunk}: {why}. {MEND}")
+
+
+def fault(manifest: Manifest, chunk: int, data: memoryview, digest: bytes) -> str:
+    """What is wrong with a whole chunk, its header before it, whose recorded SHA-256 is `digest`; empty: nothing. This is
+    where chunks are checked."""
+    size, header, values = len(data) - layout.BLOCK, bytes(data[: layout.BLOCK]), data[layout.BLOCK :]
+    if header != layout.header(chunk, size):
+        return _difference(header, chunk, size)
+    if hashlib.sha256(values).digest() != digest:
+        return "its bytes were altered: the SHA-256 is not the recorded one"
+    if (largest := int(np.frombuffer(values, manifest.dtype).max())) >= manifest.vocab_size:
+        return f"it holds the id {largest}, and the vocabulary has {manifest.vocab_size}"
+    return ""
 
 
 def _difference(header: bytes, chunk: int, size: int) -> str:

@@ -108,6 +108,7 @@ class ExampleStream:
     """Examples as the training loop reads them: what `pretrain.data.stream.Stream` is for shards."""
 
     lanes = 1
+    row = 0  # as of shards, where a read may be held
 
     def __init__(self, task: Task, examples: Examples, seed: int) -> None:
         self.task, self.examples = task, examples
@@ -135,14 +136,14 @@ class ExampleStream:
     def expect(self, sources: Array, places: Array) -> None:
         """Nothing: all examples are in memory."""
 
-    def stalled(self, seconds: float) -> str:
-        """Nothing: no read can hang."""
-        return ""
-
     def gather(self, sources: Array, places: Array, numbers: Array | None = None) -> Array:
         """Planes of the samples at `places` (B,)."""
         samples = [self.examples.samples[place] for place in places.tolist()]
         return planes(samples, self.task.num_rows, self.task.form)
+
+    def where(self, source: int, place: int) -> str:
+        """Of a sample, for people."""
+        return f"{self.examples.path}, sample {place}"
 
     def unpadded(self, tokens: Array) -> list[Array]:
         """Planes (3 num_rows, W) of samples without what they were padded with, which depends on who reads them together."""

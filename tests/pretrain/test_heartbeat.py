@@ -68,14 +68,15 @@ def train_to_the_fault(path: str, overrides: list[str], victim: int, fault: str,
     try:
         return str(session.main(config, Sources.open(config)))
     except UserError as error:
-        dist.destroy_process_group()
+        if world > 1:
+            dist.destroy_process_group()
         return str(error)
 
 
 def _arrange(fault: str) -> None:
     from parallel.stages import Stage
     from pretrain import saving
-    from pretrain.data.stream import Stream
+    from pretrain.data.chunks import Chunks
     from pretrain.train import Run
 
     if fault == "stop in forward":
@@ -86,8 +87,10 @@ def _arrange(fault: str) -> None:
         _on_call(saving, "held_boxes", 1, _raise)
     if fault == "hold the interpreter":
         _on_call(Run, "update", 2, _hold)
+    if fault == "wait by itself":
+        _on_call(Run, "_step_data", 5, lambda: threading.Event().wait(60))
     if fault == "wait for data":
-        _on_call(Stream, "gather", 5, lambda: threading.Event().wait(60))
+        _on_call(Chunks, "tokens", 20, lambda: threading.Event().wait(60))
     _on_call(Heartbeat, "start", 1, lambda beating: STARTED.append(beating))
 
 
@@ -193,7 +196,7 @@ def test_a_rank_that_lives_but_hangs_is_named_as_the_one_behind(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the place of every rank, and the stack of the one that tells."""
-    arguments = (config_of(tmp_path, tiny_data), [], 1, "wait for data")
+    arguments = (config_of(tmp_path, tiny_data), [], 1, "wait by itself")
     out, line = fault_tells(2, train_to_the_fault, *arguments, capsys=capsys)
     assert re.search(
         r"step (\d), count of targets: waited 3 s .*rank 1 .* was behind, its last beat: step \1, data$", line
@@ -202,6 +205,29 @@ def test_a_rank_that_lives_but_hangs_is_named_as_the_one_behind(
     behind = rf"rank 1 \({HOST}\): step \d, data \(in \w+\)(; last seen in a collective: \w+ in \w+, step \d)?"
     assert re.search(rf"where the ranks were:\n.*: +{waiting}\n.*: +{behind}\n.*{re.escape(line)}", out), out
     assert re.search(r'rank 0 .*File ".*parallel/grid.py", line \d+, in total_on_host\n', out), out
+
+
+def test_a_read_that_does_not_end_is_named_by_all_ranks(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its sample, shard and chunk: its rank gives up before the others do."""
+    arguments = (config_of(tmp_path, tiny_data), [], 1, "wait for data")
+    line = fault_ends(2, train_to_the_fault, *arguments, capsys=capsys)
+    held = rf"No batch came for 2\.7 s: the reader is at sample \d+, in {re.escape(str(tiny_data))}/train/shard-00000\.tar, chunk"
+    assert re.search(r"rank 0 .*step \d+, count of targets: lost the others", line), line
+    assert re.search(rf"rank 1 \({HOST}\) ended by itself, its last beat: step \d+, data.* \(NoBatch: {held}", line), (
+        line
+    )
+
+
+def test_one_process_whose_read_does_not_end_says_where(tmp_path: Path, tiny_data: Path) -> None:
+    """No other rank would miss it: it would hang for ever."""
+    [told] = run_ranks(1, train_to_the_fault, config_of(tmp_path, tiny_data), [], 0, "wait for data", timeout=40)
+    where = rf"{re.escape(str(tiny_data))}/train/shard-00000\.tar, chunk \d+"
+    assert re.match(
+        rf"No batch came for 2\.7 s: the reader is at sample \d+, in {where}, and has been at its batch for \d+ s\.",
+        told,
+    )
 
 
 def test_a_rank_whose_interpreter_is_held_is_named_and_leaves_its_stack(
@@ -362,6 +388,10 @@ FIRST = {
             beat(1, 20),
         ],
         "rank 2 (host19) was behind, its last beat: step 2, data",
+    ),
+    "one behind that waits for a disk": (
+        [beat(7, 20), beat(7, 21), beat(7, 19)._replace(reads="the reader is at sample 7"), beat(1, 20)],
+        "rank 2 (host19) was behind, its last beat: step 2, data (the reader is at sample 7)",
     ),
     "one that is done is not silent": ([beat(7, 20), BEFORE[1]._replace(phase="done"), beat(7, 20), None], ""),
 }

@@ -63,7 +63,8 @@ class RemoteChunks(Chunks):
     def _verify(self, chunk: int) -> np.ndarray[Any, Any]:
         try:
             self.ahead.wait((self, chunk))
-            return self._keep_verified(chunk, self._held(chunk) or self._fetched(chunk))
+            data = self._held(chunk) or self._fetched(chunk)
+            return self._keep_verified(chunk, np.frombuffer(data, self.manifest.dtype, offset=layout.BLOCK))
         finally:
             self.ahead.read((self, chunk))
 

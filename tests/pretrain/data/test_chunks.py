@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pretrain.data.chunks import Chunks
+from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.tokenization.base import Tokenizer
@@ -228,3 +229,18 @@ def test_hostile_shards_are_refused_and_execute_nothing(source: Path, tmp_path: 
     assert message.startswith(f"{source / SHARD}, chunk 4: ") and words in message
     assert message.isprintable()
     assert set(tmp_path.rglob("*")) == before and not mark.exists()
+
+
+def test_memory_of_a_chunk_is_used_again_but_never_while_someone_has_its_tokens(source: Path) -> None:
+    manifest = Manifest.load(source)
+    chunks = Chunks(manifest, cache_bytes=1)  # of one chunk
+    other = Chunks(manifest)
+    first = chunks.tokens(0, 3, 20)
+    expected = first.tolist()
+    places = set()
+    for chunk in range(1, 15):
+        assert chunks.tokens(chunk, 0, 65).tolist() == other.tokens(chunk, 0, 65).tolist()
+        places.add(chunks.tokens(chunk, 0, 65).__array_interface__["data"][0])
+    assert len(places) == 2, "of the newest chunk and the one before it"
+    assert first.tolist() == expected
+    assert first.__array_interface__["data"][0] - 6 not in places

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import queue
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +16,12 @@ import numpy as np
 import pytest
 import webdataset
 
+from pretrain.data import chunks
 from pretrain.data import prefetch as module
 from pretrain.data.order import rank_numbers
-from pretrain.data.prefetch import LOCATE, Prefetch, prefetch
+from pretrain.data.prefetch import LOCATE, LOOKS, NoBatch, Prefetch, prefetch
 from pretrain.data.stream import Stream, batch_hash
-from pretrain.errors import UserError
+from pretrain.errors import Exit, UserError
 
 Plan = list[tuple[int, int]]
 RAMP: Plan = [(0, 4), (4, 4), (8, 12), (20, 12), (64, 8)]  # batches grow, then numbers are skipped
@@ -167,3 +171,92 @@ def test_a_finished_plan_ends_the_iteration_and_the_thread(stream: Stream) -> No
 def test_a_depth_of_zero_is_refused(stream: Stream) -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         prefetch(stream, iter(RAMP), 0, 1, depth=0)
+
+
+# -- a read that does not end ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """From the 17th sample's chunk on a read waits at an empty pipe, as at a disk that does not answer."""
+    reads, writes = os.pipe()
+    here, read = threading.Event(), os.preadv
+
+    def preadv(file: int, buffers: Any, start: int) -> int:
+        if not here.is_set() and "shard-00001.tar" in os.readlink(f"/proc/self/fd/{file}"):
+            here.set()
+            os.read(reads, 1)
+        return read(file, buffers, start)
+
+    monkeypatch.setattr(chunks.os, "preadv", preadv)
+    yield here
+    os.close(writes)  # which ends the read
+    for thread in threading.enumerate():
+        if thread.name == "prefetch":
+            thread.join(10)
+            assert not thread.is_alive()
+    os.close(reads)
+
+
+def test_a_read_that_does_not_end_is_named_after_the_limit(source: Path, held: threading.Event) -> None:
+    stream = Stream([source], 16, seed=1, shuffle=False)
+    batches = prefetch(stream, ((6 * step, 6) for step in range(10)), 0, 1, limit=0.5)
+    assert [len(next(batches)[0]) for _ in range(2)] == [6, 6] and batches.waits_for() == ""
+    where = re.escape(f"the reader is at sample 16, in {source}/shard-00001.tar, chunk 4")
+    told: list[str] = []
+    looking = threading.Thread(target=lambda: told.extend([str(held.wait(10)), _once(batches.waits_for)]))
+    looking.start()
+    with pytest.raises(
+        NoBatch, match=rf"^No batch came for 0.5 s: {where}, and has been at its batch for \d+ s\. "
+    ) as found:
+        next(batches)
+    looking.join(10)
+    assert re.match(where, told[1])
+    assert found.value.exit_code == Exit.UNFIT
+    batches.close()  # does not wait for the read
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def _once(words: Any) -> str:
+    """What is said as soon as anything is."""
+    while not (said := words()):
+        threading.Event().wait(0.01)
+    return str(said)
+
+
+def test_a_process_that_was_suspended_is_not_taken_for_one_that_waited(stream: Stream) -> None:
+    """It wakes with one of its waits over, whatever the clock says: only the last one is the limit."""
+    batches = prefetch(stream, iter(RAMP), 0, 1, limit=LOOKS)
+    ready, waits, comes = batches._ready, [], [LOOKS]
+
+    class Slow:
+        def get(self, timeout: float) -> Any:
+            waits.append(timeout)
+            if len(waits) < comes[0]:
+                raise queue.Empty
+            return ready.get()
+
+    batches._ready = Slow()  # type: ignore[assignment]
+    assert len(next(batches)[0]) == 4
+    assert waits == [1.0] * LOOKS
+    comes[0] += LOOKS + 1  # one later than the limit
+    with pytest.raises(NoBatch, match="No batch came for 10 s"):
+        next(batches)
+    batches.close()
+
+
+def test_an_error_of_the_thread_says_for_which_sample_it_was(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream([source], 16, seed=1, shuffle=False)
+    real = chunks.Chunks.tokens
+
+    def tokens(self: chunks.Chunks, chunk: int, first: int, count: int) -> Any:
+        return real(self, chunk, first, count) if chunk < 5 else 1 / 0
+
+    monkeypatch.setattr(chunks.Chunks, "tokens", tokens)
+    with prefetch(stream, ((6 * step, 6) for step in range(10)), 0, 1, depth=8) as batches:
+        assert [len(next(batches)[0]) for _ in range(3)] == [6, 6, 6]
+        with pytest.raises(ZeroDivisionError) as found:
+            next(batches)
+    [note] = found.value.__notes__
+    assert re.match(rf"the reader is at sample 20, in {re.escape(str(source))}/shard-00001.tar, chunk 5, and has", note)

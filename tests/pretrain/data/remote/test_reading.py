@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,31 +145,6 @@ def test_a_connection_that_hangs_once_is_given_up_for_another(
     server = serve(source.parent, tries(1, "hang", "shard-00001.tar"))
     stream = opened(new_access(timeout_seconds=2.0), f"{server.url}/source")
     assert np.array_equal(stream.read(NUMBERS), expected(source))
-
-
-def test_a_local_read_that_hangs_is_named_after_the_time_limit(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, over, pread = Stream([source], 16, seed=1, shuffle=False), threading.Event(), os.pread
-
-    def hanging(file: int, size: int, start: int) -> bytes:
-        if size > 512 and os.readlink(f"/proc/self/fd/{file}").endswith("shard-00001.tar"):
-            over.wait(30)
-        return pread(file, size, start)
-
-    monkeypatch.setattr(os, "pread", hanging)
-    batches = prefetch(stream, ((4 * step, 4) for step in range(10)), 0, 1, timeout=1.0)
-    try:
-        for _ in range(4):
-            next(batches)
-        start = time.monotonic()
-        with pytest.raises(UserError, match=r"shard-00001.tar, chunk 4: the disk has not answered for [12] s"):
-            next(batches)
-        assert time.monotonic() - start < 3
-        batches.close()  # does not wait for the thread
-        with pytest.raises(StopIteration):
-            next(batches)
-    finally:
-        over.set()
-        batches._thread.join(10)
 
 
 # -- ahead of the loop -----------------------------------------------------------------------------------------------
