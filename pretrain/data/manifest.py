@@ -23,6 +23,7 @@ import numpy as np
 
 from pretrain.data import shards as layout
 from pretrain.data.packing import CONCATENATED, Packing
+from pretrain.data.plain import open_plain
 from pretrain.data.remote.access import Access, RemoteFolder
 from pretrain.data.remote.addresses import Address
 from pretrain.errors import UserError
@@ -154,7 +155,7 @@ def _read_file(folder: Path) -> bytes:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} with prepared shards: make it with `pretrain prepare`.")
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(
@@ -298,7 +299,7 @@ def _check_tokenizer(manifest: Manifest) -> None:
         return
     path = manifest.folder / manifest.tokenizer_file
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             found = hashlib.sha256(file.read(MAX_TOKENIZER_BYTES)).hexdigest()
     except OSError as error:
         raise UserError(f"The tokenizer {path} is missing or unreadable: {error.strerror}.") from error
