@@ -26,7 +26,7 @@ from pretrain.data.manifest import Manifest, canonical
 from pretrain.data.order import PERIOD, VERSION, Order, Sequential, Source, rank_numbers
 from pretrain.data.prefetch import Prefetch, prefetch
 from pretrain.data.remote.access import RemoteFolder
-from pretrain.data.remote.chunks import RemoteChunks, open_chunks
+from pretrain.data.remote.chunks import RemoteChunks, cache_shortage, open_chunks
 from pretrain.errors import UserError
 
 __all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
@@ -60,7 +60,7 @@ class Stream:
             raise UserError("There is no folder of shards to read.")
         self.manifests = [Manifest.load(folder) for folder in folders]
         _check_same_tokenizer(self.manifests)
-        self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
+        self.seq_length, self.lanes, self.window, self.shuffle = seq_length, lanes, window, shuffle
         sources = [_source(manifest, seq_length) for manifest in self.manifests]
         self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         try:
@@ -96,6 +96,11 @@ class Stream:
     def eos(self) -> int:
         """The id that ends a document."""
         return self.manifests[0].eos
+
+    @property
+    def findings(self) -> list[str]:
+        """What is worth a warning, in sentences."""
+        return cache_shortage(self._chunks, self.lanes * self.window) if self.shuffle else []
 
     @property
     def fingerprint(self) -> str:

@@ -130,6 +130,18 @@ class RemoteChunks(Chunks):
         return f"{len(data):,} bytes came of {size:,}" if len(data) < size else self._fault(chunk, memoryview(data))
 
 
+def cache_shortage(sources: Sequence[Chunks], open_chunks: int) -> list[str]:
+    """A sentence where the cache does not hold the chunks that an order has open at a time, so many of each source."""
+    remote = [chunks for chunks in sources if isinstance(chunks, RemoteChunks)]
+    wanted = sum(min(open_chunks, chunks.manifest.chunks) * chunks.chunk_bytes for chunks in remote)
+    if not remote or (size := remote[0].folder.access.cache.size) >= wanted:
+        return []
+    return [
+        f"warning: data.cache.size: {size / 2**20:,.1f} MiB hold less than the {wanted / 2**20:,.1f} MiB of chunks that the "
+        "shuffle has open at a time, so that some are fetched again and again; raise it, or lower data.window in a new run"
+    ]
+
+
 def open_chunks(manifests: Sequence[Manifest]) -> tuple[list[Chunks], Ahead | None]:
     """The chunks of each source, and what fetches ahead those of remote ones (None where all are local). Raises UserError."""
     folders = [manifest.folder for manifest in manifests if isinstance(manifest.folder, RemoteFolder)]

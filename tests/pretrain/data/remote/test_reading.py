@@ -22,7 +22,7 @@ from pretrain.errors import UserError
 from pretrain.tokenization.base import Tokenizer
 from tests.pretrain.data.corpus import many_tokens, write_source
 from tests.pretrain.data.remote.conftest import NewAccess, NewServer
-from tests.pretrain.data.remote.servers import Request, tries
+from tests.pretrain.data.remote.servers import Relay, Request, tries
 
 NUMBERS = np.arange(150)  # more than two epochs of `source`
 
@@ -259,6 +259,24 @@ def test_fsspecs_memory_gives_the_same_samples(source: Path, new_access: NewAcce
         memory.rm("/bucket", recursive=True)
 
 
+@pytest.fixture
+def bucket(source: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of the S3 server, where the bucket `corpus` has the source as the folder `a`."""
+    import boto3
+
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=s3_server)
+    client.create_bucket(Bucket="corpus")
+    for path in source.iterdir():
+        client.upload_file(str(path), "corpus", f"a/{path.name}")
+    yield client
+    for path in source.iterdir():
+        client.delete_object(Bucket="corpus", Key=f"a/{path.name}")
+    client.delete_bucket(Bucket="corpus")
+
+
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
@@ -271,25 +289,30 @@ def s3_server() -> Iterator[str]:
 
 
 def test_a_real_s3_server_gives_the_same_samples(
-    source: Path, s3_server: str, new_access: NewAccess, monkeypatch: pytest.MonkeyPatch
+    source: Path, s3_server: str, bucket: Any, new_access: NewAccess
 ) -> None:
-    import boto3
-
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in keys.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=s3_server)
-    client.create_bucket(Bucket="corpus")
-    for path in source.iterdir():
-        client.upload_file(str(path), "corpus", f"a/{path.name}")
     access = new_access(endpoint=s3_server)
     assert np.array_equal(opened(access, "s3://corpus/a").read(NUMBERS), expected(source))
-    client.delete_object(Bucket="corpus", Key="a/shard-00003.tar")
+    bucket.delete_object(Bucket="corpus", Key="a/shard-00003.tar")
     other = new_access(name="other", endpoint=s3_server)
     with pytest.raises(UserError, match=r"s3://corpus/a/shard-00003.tar, chunk \d+: .*key does not exist"):
         opened(other, "s3://corpus/a").read(NUMBERS)
     with pytest.raises(UserError, match=r"s3://absent/a/manifest.json: .*bucket does not exist"):
         opened(other, "s3://absent/a")
+
+
+@pytest.mark.parametrize("fault", ["cut", "500", "reset", "after 0.1"])
+def test_an_s3_server_behind_a_bad_network_gives_the_same_samples(
+    source: Path, s3_server: str, bucket: Any, new_access: NewAccess, fault: str
+) -> None:
+    """The first of each three connections."""
+    relay = Relay(s3_server, lambda number: fault if number % 3 == 0 else "")
+    try:
+        access = new_access(endpoint=relay.url, in_flight=4, retries=5)
+        assert np.array_equal(opened(access, "s3://corpus/a").read(NUMBERS), expected(source))
+        assert relay.connections > 3 or fault == "after 0.1"
+    finally:
+        relay.close()
 
 
 def test_a_server_that_speaks_as_googles_gives_the_same_samples(
