@@ -100,6 +100,7 @@ def facts_of(run: Run) -> Facts:
         start=run.start.told,
         findings=(
             *(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()),
+            *sources.train.findings,
             *_few(run),
             *(() if sources.mixture is None else sources.mixture.told()),
         ),

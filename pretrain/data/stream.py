@@ -27,7 +27,7 @@ from pretrain.data.manifest import Manifest, canonical
 from pretrain.data.order import PERIOD, VERSION, Order, Sequential, Source, rank_numbers
 from pretrain.data.prefetch import Prefetch, prefetch
 from pretrain.data.remote.access import RemoteFolder
-from pretrain.data.remote.chunks import RemoteChunks, open_chunks
+from pretrain.data.remote.chunks import RemoteChunks, cache_shortage, open_chunks
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Stream:
             raise UserError("There is no folder of shards to read.")
         self.manifests = [part if isinstance(part, Manifest) else Manifest.load(part) for part in folders]
         _check_same_tokenizer(self.manifests)
-        self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
+        self.seq_length, self.lanes, self.window, self.shuffle = seq_length, lanes, window, shuffle
         sources = [source_of(manifest, seq_length) for manifest in self.manifests]
         self.names = None if mixture is None else mixture.names
         self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
@@ -117,6 +117,11 @@ class Stream:
     def eos(self) -> int:
         """The id that ends a document."""
         return self.manifests[0].eos
+
+    @property
+    def findings(self) -> list[str]:
+        """What is worth a warning, in sentences."""
+        return cache_shortage(self._chunks, self.lanes * self.window) if self.shuffle else []
 
     @property
     def fingerprint(self) -> str:

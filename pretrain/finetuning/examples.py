@@ -129,6 +129,11 @@ class ExampleStream:
         return len(self.examples.samples)
 
     @property
+    def findings(self) -> list[str]:
+        """None: those of the examples are told with their file."""
+        return []
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what a sample number is."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()

@@ -138,9 +138,12 @@ class Cache:
     @contextmanager
     def _partial(self, key: Key) -> Iterator[int | None]:
         """The partial file, locked and empty; None where another holds it. It is gone afterwards."""
-        path = self._partial_path(key)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        path, flags = self._partial_path(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            file = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            file = os.open(path, flags, 0o600)
         try:
             if not _lock_now(file) or not _is(path, file):
                 yield None

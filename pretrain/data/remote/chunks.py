@@ -1,8 +1,8 @@
 """Chunks of a source at an address: as `pretrain.data.chunks`, which checks each, with bytes from the node's cache.
 
 A chunk is one file in the cache, header and data as in the shard, fetched by one ranged read of that member alone.
-It is checked before it comes into the cache, and again when a process first reads it there; one that went bad on the disk
-is fetched again, once.
+It is checked before it comes into the cache, and again when a process first reads it there (by a short hash where it is this
+process that has checked and written it); one that went bad on the disk is fetched again, once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pretrain.data import shards as layout
 from pretrain.data.chunks import CACHE_BYTES, Chunks
@@ -32,6 +33,7 @@ class RemoteChunks(Chunks):
     def __init__(self, manifest: Manifest, folder: RemoteFolder, ahead: Ahead, cache_bytes: int = CACHE_BYTES) -> None:
         self.folder, self.ahead = folder, ahead
         self._hashes: OrderedDict[int, bytes] = OrderedDict()
+        self._checked: dict[int, int] = {}  # a short hash of chunks that were checked here before they were written
         self._lock = threading.Lock()
         super().__init__(manifest, cache_bytes)
         if folder.access.cache.size < 2 * self._stride:
@@ -47,8 +49,8 @@ class RemoteChunks(Chunks):
     def fetch_ahead(self, chunk: int) -> None:
         """Have the chunk in the cache. Raises UserError."""
         key = self._key(chunk)
-        if not self.folder.access.cache.holds(key):
-            self._fill(chunk)
+        if not self.folder.access.cache.holds(key) and (data := self._fill(chunk)) is not None:
+            self._checked[chunk] = xxhash.xxh3_64_intdigest(data)
 
     def is_at_hand(self, chunk: int) -> bool:
         """Whether it need not be fetched; asking counts as a use, so that it stays."""
@@ -94,10 +96,15 @@ class RemoteChunks(Chunks):
         """The chunk as it lies in the cache, checked; one that is not as it should be is removed there."""
         cache, key = self.folder.access.cache, self._key(chunk)
         data = cache.read(key, 0, layout.BLOCK + self._size(chunk))
-        if data is not None and self._wrong(chunk, data):
-            cache.remove(key)
-            return None
-        return data
+        if data is None or self._is_as_written(chunk, data) or not self._wrong(chunk, data):
+            return data
+        cache.remove(key)
+        return None
+
+    def _is_as_written(self, chunk: int, data: bytes) -> bool:
+        """Whether these are the bytes that this process has checked and written: what a disk did to them since shows in a
+        hash that costs a thirtieth of SHA-256."""
+        return self._checked.pop(chunk, None) == xxhash.xxh3_64_intdigest(data)
 
     def _fetched(self, chunk: int) -> bytes:
         data = self._fill(chunk)
@@ -122,6 +129,18 @@ class RemoteChunks(Chunks):
         """What is wrong with a chunk's bytes; empty: nothing."""
         size = layout.BLOCK + self._size(chunk)
         return f"{len(data):,} bytes came of {size:,}" if len(data) < size else self._fault(chunk, memoryview(data))
+
+
+def cache_shortage(sources: Sequence[Chunks], open_chunks: int) -> list[str]:
+    """A sentence where the cache does not hold the chunks that an order has open at a time, so many of each source."""
+    remote = [chunks for chunks in sources if isinstance(chunks, RemoteChunks)]
+    wanted = sum(min(open_chunks, chunks.manifest.chunks) * chunks.chunk_bytes for chunks in remote)
+    if not remote or (size := remote[0].folder.access.cache.size) >= wanted:
+        return []
+    return [
+        f"warning: data.cache.size: {size / 2**20:,.1f} MiB hold less than the {wanted / 2**20:,.1f} MiB of chunks that the "
+        "shuffle has open at a time, so that some are fetched again and again; raise it, or lower data.window in a new run"
+    ]
 
 
 def open_chunks(manifests: Sequence[Manifest]) -> tuple[list[Chunks], Ahead | None]:

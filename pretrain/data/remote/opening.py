@@ -86,7 +86,7 @@ class Opener:
             try:
                 return _within(max(deadline - time.monotonic(), 0.001), system, url, start, start + size)
             except PrivateAddress as error:
-                way = "" if url == first else f" redirects to {url!r}, which"
+                way = "" if url == first else f" redirects to {url!r:.200}, which"
                 raise UserError(
                     f"{first}:{way} leads to a private address, where this is not to be looked for; if it is meant, set "
                     f"data.remote.allow_private: [{host}]."
@@ -98,9 +98,9 @@ class Opener:
     def _redirected(self, first: str, url: str) -> str:
         parts = urlsplit(url)
         if parts.scheme != urlsplit(first).scheme:
-            raise UserError(f"{first}: redirects to another scheme, {url!r}; name that address itself if it is meant.")
+            raise UserError(f"{first}: redirects to another scheme, {url!r:.200}; name that address itself if it is meant.")
         if "@" in parts.netloc or not parts.hostname:
-            raise UserError(f"{first}: redirects to {url!r}, which is no plain address.")
+            raise UserError(f"{first}: redirects to {url!r:.200}, which is no plain address.")
         return url
 
     def _trusts(self, host: str) -> bool:

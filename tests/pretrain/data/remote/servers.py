@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -125,6 +127,57 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the terminal."""
+
+
+class Relay:
+    """Passes connections on to another server, with faults: `fault` is told the number of a connection, from 0, and gives "cut"
+    (it ends within the first answer), "500" (as the answer), "reset" (before any answer), "after SECONDS" or ""."""
+
+    def __init__(self, url: str, fault: Callable[[int], str]) -> None:
+        host, _, port = url.removeprefix("http://").partition(":")
+        self.target, self.fault = (host, int(port)), fault
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            fault, self.connections = self.fault(self.connections), self.connections + 1
+            threading.Thread(target=self._relay, args=(client, fault), daemon=True).start()
+
+    def _relay(self, client: socket.socket, fault: str) -> None:
+        with client, contextlib.suppress(OSError):
+            if fault == "reset":
+                return
+            if fault == "500":
+                client.recv(65536)
+                client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            if fault.startswith("after "):
+                time.sleep(float(fault[6:]))
+            with socket.create_connection(self.target) as server:
+                threading.Thread(target=self._pass, args=(client, server, -1), daemon=True).start()
+                self._pass(server, client, 900 if fault == "cut" else -1)
+
+    def _pass(self, source: socket.socket, target: socket.socket, most: int) -> None:
+        """Until the source ends or so many bytes have gone."""
+        with contextlib.suppress(OSError):
+            while most and (data := source.recv(65536 if most < 0 else most)):
+                target.sendall(data)
+                most -= len(data) if most > 0 else 0
+            target.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

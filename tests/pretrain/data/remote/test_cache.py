@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from pretrain.data.remote import cache as module
+from pretrain.data.remote.access import RemoteFolder
 from pretrain.data.remote.cache import Cache
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
@@ -155,6 +156,21 @@ def test_who_finds_no_room_waits_for_those_that_write(tmp_path: Path) -> None:
         put(cache, "b", 100)
         assert time.monotonic() - start > 0.2
     assert names(cache) == ["b"]
+
+
+def test_a_cache_for_less_than_the_shuffle_has_open_is_told(
+    tmp_path: Path, tokenizer: Tokenizer, serve: NewServer, new_access: NewAccess
+) -> None:
+    """25 chunks of 33 KB, of which two lanes have as many open as two windows have."""
+    folder = write_source(tmp_path / "large", many_tokens(25 << 14, tokenizer.vocab_size), tokenizer, 1 << 14)
+    remote = new_access("400000 B").folder(f"{serve(tmp_path).url}/large")
+
+    def findings(source: Path | RemoteFolder, window: int, **options: Any) -> list[str]:
+        return Stream([source], 16, seed=1, lanes=2, window=window, **options).findings
+
+    assert findings(remote, 5) == findings(folder, 99) == findings(remote, 99, shuffle=False) == []
+    [told] = findings(remote, 99)
+    assert told.startswith("warning: data.cache.size: 0.4 MiB hold less than the 0.8 MiB of chunks")
 
 
 def test_a_cache_for_less_than_two_chunks_is_refused(
