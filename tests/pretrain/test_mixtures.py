@@ -18,6 +18,7 @@ from pretrain.data.stream import batch_hash
 from tests.pretrain import running
 from tests.pretrain.running import assert_refused, assert_same_run
 from tests.pretrain.test_spikes import REWIND, spoil
+from tests.training import write_config
 
 LANES = ("data.lanes=8", "checkpoint.every=2 steps", "monitor.validation_samples=12")
 BORDER = 6  # SHORT's batches grow up to it
@@ -288,3 +289,22 @@ def test_evaluate_gives_the_held_out_data_of_a_run_without_names(tmp_path: Path,
     assert running.train(tmp_path, tiny_data, *options).code == 0
     refused = running.command("evaluate", tmp_path / "run", "--validation")
     assert_refused(refused, "--validation", "was trained without held-out data; name some with --data")
+
+
+# -- lists of folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_folders_shares_by_size_and_temperature_without_names(tmp_path: Path, tiny_data: Path) -> None:
+    folders = f"data.train=[{tiny_data}/train, {tiny_data}/validation]"
+
+    def opened(*overrides: str) -> Sources:
+        return Sources.open(load_config(write_config(tmp_path, tiny_data), [folders, *overrides]))
+
+    sources = opened("data.temperature=2")
+    tokens = [manifest.tokens for manifest in sources.train.manifests]
+    assert sources.train.recipe["weights"] == pytest.approx([np.sqrt(count) for count in tokens])
+    assert "mixture" not in sources.train.recipe and sources.train.names is None
+    numbers = np.arange(60 * 4096)
+    share = float(np.mean(sources.train.order.locate(numbers)[0] == 0))
+    assert share == pytest.approx(np.sqrt(tokens[0]) / sum(np.sqrt(tokens)), abs=1e-3)
+    assert opened().train.recipe["weights"] == [float(part.samples) for part in opened().train.order.sources]
