@@ -92,6 +92,7 @@ check: $(STAMP)
 bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/optimizer.py
 
