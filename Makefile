@@ -96,6 +96,7 @@ bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/remote.py
+	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/optimizer.py
 

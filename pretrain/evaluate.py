@@ -155,14 +155,19 @@ def main(args: Namespace) -> int:
     if args.task is not None:
         translation.refuse_search(args, "a task is scored by likelihood")
         return _print(fewshot.evaluate(loaded, args))
+    return _print(_own(loaded, args) if args.validation else _scores(loaded, args))
+
+
+def _scores(loaded: Loaded, args: Namespace) -> dict[str, Any]:
+    """Of the data that is named."""
     if loaded.task is not None:
         translation.refuse_search(args, f"{args.run_folder} writes no targets")
-        return _print(_task(loaded, loaded.task, args))
+        return _task(loaded, loaded.task, args)
     if loaded.config.objective.kind == "sequence-to-sequence":
-        return _print(_pairs(loaded, args))
+        return _pairs(loaded, args)
     translation.refuse_search(args, f"{args.run_folder} writes no targets")
     if not isinstance(loaded.model, GPT):
-        return _print(_hidden(loaded, args))
+        return _hidden(loaded, args)
     length = loaded.model.max_length
     stride = length if args.stride is None else args.stride
     if not 1 <= stride <= length:
@@ -170,7 +175,7 @@ def main(args: Namespace) -> int:
     ids, text_bytes, _ = _tokens_of(Path(args.data), loaded)
     total, count = sum_loss(loaded.model, ids, stride, args.batch_size)
     loss = total / count
-    result = {
+    return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
@@ -179,7 +184,34 @@ def main(args: Namespace) -> int:
         "stride": stride,
         "step": loaded.step,
     }
-    return _print(result)
+
+
+def _own(loaded: Loaded, args: Namespace) -> dict[str, Any]:
+    """Of the run's own held-out data, each named source by itself. Beside these the whole: of data.validation, or without it of
+    all targets together."""
+    data = loaded.config.data
+    if not data.has_validation:
+        raise UserError(f"--validation: {args.run_folder} was trained without held-out data; name some with --data")
+    parts = {name: _scores(loaded, _of(args, folder)) for name, folder in data.held_out.items()}
+    whole = _together(list(parts.values())) if data.validation is None else _scores(loaded, _of(args, data.validation))
+    return {**whole, "step": loaded.step, **({"sources": parts} if parts else {})}
+
+
+def _of(args: Namespace, data: str) -> Namespace:
+    return Namespace(**{**vars(args), "data": data})
+
+
+def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss, and bits per byte where they are known, of several texts as one."""
+    unit = "tokens" if "tokens" in parts[0] else "targets"
+    count = sum(part[unit] for part in parts)
+    found = {"loss": sum(part["loss"] * part[unit] for part in parts) / count, unit: count}
+    bits = [part.get("bits_per_byte") for part in parts]
+    if all(bits):
+        nats = [part["loss"] * part[unit] for part in parts]
+        text = sum(one / math.log(2) / each for one, each in zip(nats, bits, strict=True))
+        found["bits_per_byte"] = sum(nats) / math.log(2) / text
+    return found
 
 
 def _check_options(args: Namespace) -> None:

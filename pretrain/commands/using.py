@@ -105,6 +105,11 @@ def _evaluate_options(add: Add) -> argparse.ArgumentParser:
         "--data", metavar="DIR|TEXT", help="a folder of shards, a text file or a folder; or labelled examples"
     )
     what.add_argument(
+        "--validation",
+        action="store_true",
+        help="the run's own held-out data, that of each named source by itself too",
+    )
+    what.add_argument(
         "--task",
         metavar="FILE",
         help="multiple choice (context, question, choices, answer) or cloze (source, target) for a model that was not tuned",

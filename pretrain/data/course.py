@@ -209,8 +209,9 @@ class Course:
     def _close(self, ended: set[int]) -> None:
         self._open -= ended
         for share in (self.mixture.shares[index] for index in sorted(ended)):
-            what = f"its {share.budget:,} tokens" if share.epochs is None else f"what epochs: {share.epochs:g} allows"
-            self._reasons.append(f"{share.name} has given {what}")
+            limits = [f"{share.budget:,} tokens"] if share.budget is not None else []
+            limits += [f"epochs: {share.epochs:g}"] if share.epochs is not None else []
+            self._reasons.append(f"{share.name} has given what it may ({', '.join(limits)})")
 
     # -- words -------------------------------------------------------------------------------------------------------
 

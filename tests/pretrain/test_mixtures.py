@@ -14,8 +14,11 @@ import pytest
 
 from pretrain.config.load import load_config
 from pretrain.data.sources import Sources
+from pretrain.data.stream import batch_hash
 from tests.pretrain import running
 from tests.pretrain.running import assert_refused, assert_same_run
+from tests.pretrain.test_spikes import REWIND, spoil
+from tests.training import write_config
 
 LANES = ("data.lanes=8", "checkpoint.every=2 steps", "monitor.validation_samples=12")
 BORDER = 6  # SHORT's batches grow up to it
@@ -75,6 +78,38 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_samples(
         assert one[name] == pytest.approx(other[name], rel=1e-5)
         if name == "loss":
             assert one["sources"] == other["sources"]
+
+
+def test_a_run_that_goes_back_over_a_change_of_weights_changes_them_at_the_same_step(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    """From step 7, the first with other weights, to the checkpoint of step 4, and past the samples 18 to 37."""
+    options = (*mixture(tiny_data), *REWIND, "checkpoint.every=4 steps")
+    running.train_killed(tmp_path, tiny_data, *options, fault=_spoil_and_kill)
+    ran = running.train(tmp_path, tiny_data, *options, fault=partial(spoil, 34))
+    assert ran.code == 0 and "going on after step 4" in ran.out, ran.told
+    run, skipped = tmp_path / "run", ((18, 38),)
+    assert running.manifest_of(run, 12)["state"]["skipped"] == [[18, 38]]
+    sources = Sources.open(load_config(run / "config.yaml"))
+    stream = sources.stream(0, skipped)
+    lines = [line for line in running.lines_of(run) if "batch_hash" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    number, seen = 0, np.zeros(2, np.int64)
+    for line in lines:
+        number = 38 if number == 18 else number
+        numbers = np.arange(number, number + line["batch_size"])
+        assert line["batch_hash"] == f"{batch_hash(numbers, stream.read(numbers)) % 2**64:016x}"
+        seen += 32 * np.bincount(stream.order.locate(numbers)[0], minlength=2)
+        assert [line["sources"][name]["tokens"] for name in ("code", "web")] == seen.tolist()
+        number += line["batch_size"]
+    changes = [line["sources"]["code"]["tokens"] for line in lines]
+    assert np.mean(np.diff(changes[BORDER - 1 :])) > 2 * np.mean(np.diff([0, *changes[:BORDER]]))
+
+
+def _spoil_and_kill() -> None:
+    """In the second step behind the way back."""
+    spoil(34)
+    running.kill_in_step(9)
 
 
 def test_metrics_count_the_tokens_of_each_source_as_they_were_read(tiny_data: Path) -> None:
@@ -205,7 +240,7 @@ def test_what_a_mixture_cannot_give_is_told_before_the_run_begins(
         assert not (tmp_path / "run").exists()
         return
     ran = running.train(tmp_path, tiny_data, *options)  # a cap below one batch: the other gives all
-    assert ran.code == 0 and "code has given what epochs: 0.01 allows" in ran.out, ran.told
+    assert ran.code == 0 and "code has given what it may (epochs: 0.01)" in ran.out, ran.told
 
 
 def test_held_out_text_of_another_tokenizer_is_refused_with_the_source(tmp_path: Path, tiny_data: Path) -> None:
@@ -217,3 +252,59 @@ def test_held_out_text_of_another_tokenizer_is_refused_with_the_source(tmp_path:
     prepare([texts], tmp_path / "other", options, processes=1, say=lambda _: None)
     ran = running.train(tmp_path, tiny_data, named(tiny_data, validation=f"{tmp_path}/other/train"))
     assert_refused(ran, "data.train.code.validation", "another tokenizer", "--tokenizer")
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_gives_the_held_out_text_of_each_source_and_the_whole(tiny_data: Path) -> None:
+    run = uninterrupted(tiny_data)[0]
+
+    def evaluated(*arguments: str) -> dict[str, Any]:
+        ran = running.command("evaluate", run, *arguments)
+        assert ran.code == 0, ran.told
+        found: dict[str, Any] = json.loads(ran.out)
+        return found
+
+    found = evaluated("--validation")
+    web, code = evaluated("--data", f"{tiny_data}/validation"), evaluated("--data", f"{tiny_data}/train")
+    assert found["sources"] == {"code": code, "web": web}
+    assert found["tokens"] == web["tokens"] + code["tokens"] and found["step"] == 12
+    nats = web["loss"] * web["tokens"] + code["loss"] * code["tokens"]
+    assert found["loss"] == pytest.approx(nats / found["tokens"])
+    assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / (web["bytes"] + code["bytes"]))
+
+
+def test_evaluate_gives_the_held_out_data_of_a_run_without_names(tmp_path: Path, tiny_data: Path) -> None:
+    run = running.trained(tiny_data)
+    own = running.command("evaluate", run, "--validation")
+    named = running.command("evaluate", run, "--data", tiny_data / "validation")
+    assert own.code == 0 and json.loads(own.out) == json.loads(named.out)
+    options = (
+        "data.validation=null",
+        "monitor.validate_every=null",
+        "schedule.total=1 steps",
+        "checkpoint.every=1 steps",
+    )
+    assert running.train(tmp_path, tiny_data, *options).code == 0
+    refused = running.command("evaluate", tmp_path / "run", "--validation")
+    assert_refused(refused, "--validation", "was trained without held-out data; name some with --data")
+
+
+# -- lists of folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_folders_shares_by_size_and_temperature_without_names(tmp_path: Path, tiny_data: Path) -> None:
+    folders = f"data.train=[{tiny_data}/train, {tiny_data}/validation]"
+
+    def opened(*overrides: str) -> Sources:
+        return Sources.open(load_config(write_config(tmp_path, tiny_data), [folders, *overrides]))
+
+    sources = opened("data.temperature=2")
+    tokens = [manifest.tokens for manifest in sources.train.manifests]
+    assert sources.train.recipe["weights"] == pytest.approx([np.sqrt(count) for count in tokens])
+    assert "mixture" not in sources.train.recipe and sources.train.names is None
+    numbers = np.arange(60 * 4096)
+    share = float(np.mean(sources.train.order.locate(numbers)[0] == 0))
+    assert share == pytest.approx(np.sqrt(tokens[0]) / sum(np.sqrt(tokens)), abs=1e-3)
+    assert opened().train.recipe["weights"] == [float(part.samples) for part in opened().train.order.sources]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.config.load import checked_config
 from pretrain.data.mixture import Mixture
-from pretrain.data.order import Source
+from pretrain.data.order import Order, Source
 from pretrain.data.shares import PERIOD
 from pretrain.errors import UserError
 from pretrain.schedule import Plan
@@ -143,6 +143,29 @@ def test_what_was_read_before_a_range_stays_as_it_was() -> None:
     assert read(mixture, ((first, first + 160),))[:120] == straight[:120]
 
 
+def test_counting_costs_the_same_at_ten_and_at_ten_billion_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at the lanes' visits, one more on either side of each range that was passed over."""
+    sources = {"a": {"weight": 5}, "b": {"weight": 3, "epochs": 9}, "c": {"weight": 2}}
+    curriculum = [
+        {"from": "100 steps", "weights": {"a": 1, "b": 0, "c": 3}},
+        {"from": "1B tokens", "weights": {"a": 1, "b": 1, "c": 1}},
+    ]
+    mixture = make(sources, "1T tokens", 1024, (10**12, 10**11, 10**12), curriculum=curriculum)
+    plan, looks, visits = mixture.plan, [0], Order.visits
+    mixture.course(PASSED)
+
+    def counting(order: Order, number: int) -> Any:
+        looks[0] += 1
+        return visits(order, number)
+
+    monkeypatch.setattr(Order, "visits", counting)
+    for skipped, most in (((), 2), (PASSED, 6)):
+        for samples in (10, 10**10):
+            step, looks[0] = samples // 1024 + 5, 0
+            assert sum(mixture.course(skipped).tokens(step)) == plan.tokens_before(step)
+            assert looks[0] <= most
+
+
 # -- caps ------------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +189,7 @@ def test_a_source_that_ends_gives_its_share_to_the_others_in_proportion() -> Non
     assert (
         mixture.course()
         .events[step]
-        .endswith("c has given what epochs: 1 allows: from here a 75.00%, b 25.00%, c 0.00%")
+        .endswith("c has given what it may (epochs: 1): from here a 75.00%, b 25.00%, c 0.00%")
     )
     before, after = (counted(part, 3) for part in (read(mixture)[:step], read(mixture)[step:]))
     assert [count / sum(before) for count in before] == pytest.approx([3 / 8, 1 / 8, 1 / 2], abs=0.01)

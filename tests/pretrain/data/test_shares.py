@@ -26,6 +26,12 @@ BORDERS: list[tuple[int, list[float]]] = [
     (1300, [1, 1, 1, 1]),
     (5000, [9, 1, 0, 3]),
 ]
+# Of BORDERS with 64 lanes, from a sample number on: sources and samples. Were these to change, no older run could go on.
+GOLDEN: dict[int, tuple[list[int], list[int]]] = {
+    1228: ([0, 2, 0, 0, 1, 1, 3, 3, 1, 1, 1, 1], [488, 2, 4241, 2112, 17, 40, 1212, 718, 59, 16, 44, 83]),
+    5000: ([0] * 12, [1901, 181, 2378, 3372, 4738, 4518, 4724, 444, 1955, 156, 4326, 3712]),
+    10**9: ([3, 0, 3, 0, 0, 0, 0, 3, 0, 0, 0, 0], [908, 979, 1393, 2594, 168, 959, 1997, 203, 868, 1501, 259, 579]),
+}
 
 
 def mixed(
@@ -43,6 +49,13 @@ def mixed(
 
 def counting(borders: list[tuple[int, list[float]]], lanes: int, sources: list[Source] = SOURCES) -> Counting:
     return Counting(sources, 99, [(first, slots_of(weights)) for first, weights in borders], lanes, 3)
+
+
+def test_an_order_whose_shares_change_gives_the_golden_values() -> None:
+    order = mixed(BORDERS, 64)
+    for first, (sources, samples) in GOLDEN.items():
+        found = order.locate(np.arange(first, first + len(samples)))
+        assert (found[0].tolist(), found[1].tolist()) == (sources, samples)
 
 
 @FEW
