@@ -231,7 +231,7 @@ def _part_options(command: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="S",
-        help="seconds after which a process without a sign of life is replaced (default: 600)",
+        help="with several processes: seconds after which one that gives no sign of life is replaced (default: 600)",
     )
     command.add_argument(
         "--plan", action="store_true", help="only cut the texts into pieces and settle the tokenizer: for --task"

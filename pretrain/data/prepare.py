@@ -212,12 +212,13 @@ def _drafted(
         if restart:
             for name in (*WRITTEN, WORK):
                 _remove(draft / name)
-        tools = Tools(draft / WORK)
+        tools, begun = Tools(draft / WORK), (draft / PLAN).exists()
         try:
             _plan(tools, texts, stdlib, options, say)
             yield tools
         except BaseException as error:
-            if isinstance(error, NoDocuments) or (isinstance(error, Exception) and not _num_done(tools)):
+            kept = begun or not isinstance(error, Exception) or any(_num_done(tools, stage) for stage in (SIGN, ENCODE))
+            if isinstance(error, NoDocuments) or not kept:
                 shutil.rmtree(draft)
             elif draft.exists() and not isinstance(error, plan.Changed):
                 say(f"What is done is kept beside {out}: the same command goes on with it, --restart throws it away.")
@@ -325,8 +326,8 @@ def _finish(tools: Tools, out: str | Path, strict: bool, work: Stages) -> Report
     return report
 
 
-def _num_done(tools: Tools) -> int:
-    folder = tools.work / ENCODE
+def _num_done(tools: Tools, stage: str = ENCODE) -> int:
+    folder = tools.work / stage
     return sum(name.endswith(".json") and name[0] != "." for name in os.listdir(folder)) if folder.is_dir() else 0
 
 

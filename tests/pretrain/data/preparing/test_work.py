@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.config.folder import PLAN
 from pretrain.data import prepare as module
+from pretrain.data.folder import lasting_folder
 from pretrain.data.prepare import do_task, merge_only, plan_only, prepare
 from pretrain.data.preparing import merge
 from pretrain.data.preparing.options import Options
@@ -410,6 +412,47 @@ def test_a_full_disk_is_one_message_and_what_was_written_is_kept(
     said: list[str] = []
     prepare([texts], out, options, processes=1, say=said.append)
     assert hashes(out) == expected and "Going on with an unfinished work" in said[0]
+
+
+def test_a_real_disk_that_is_full_in_several_processes(
+    texts: Path, options: Options, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """A file system of 200 kB, where mounting is permitted; the texts' tokens need more. Then it grows."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        return
+    try:
+        with pytest.raises(UserError, match=r"The disk that holds .*out is full: what was written before is kept"):
+            prepare([texts], disk / "out", options, processes=2, say=silent)
+        done = results(disk / "out")
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        said: list[str] = []
+        prepare([texts], disk / "out", options, processes=2, say=said.append)
+        assert hashes(disk / "out") == expected
+        assert done and "Going on with an unfinished work" in said[0]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(texts: Path, options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file/out cannot be written: File exists"):
+        prepare([texts], tmp_path / "file" / "out", options, processes=1, say=silent)
+
+
+def test_a_merge_is_refused_while_a_task_is_at_work_and_a_task_while_a_merge_is(
+    texts: Path, options: Options, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plan_only([texts], out, options, processes=1, say=silent)
+    for shared, second in ((True, merge_only), (False, lambda out, **rest: do_task(out, 0, 1, **rest))):
+        with (
+            lasting_folder(out, module.CONTENTS, PLAN, silent, shared),
+            pytest.raises(UserError, match=r"Another process is preparing .*out right now"),
+        ):
+            second(out, processes=1, say=silent)  # type: ignore[operator]
 
 
 def test_strict_stops_at_the_first_and_without_it_the_work_goes_on(
