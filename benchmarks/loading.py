@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ def _step(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shards = _corpus(folder, SMALL)
     run = start_run(str(write_config(folder, shards.parent)), [])
     source, way = run.data(), ("stream", "constant")
+    assert isinstance(source, Generator)
     _batches(source, WARM)
     held = next(source)
     _steps(run, iter([held, held]))

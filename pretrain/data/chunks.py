@@ -88,7 +88,7 @@ class Chunks:
         header, values = data[: layout.BLOCK].tobytes(), data[layout.BLOCK :]
         if header != layout.header(chunk, size):
             self._refuse(number, chunk, _difference(header, chunk, size))
-        if hashlib.sha256(values).digest() != self._opened(number).hashes[32 * index : 32 * index + 32]:
+        if hashlib.sha256(values.data).digest() != self._opened(number).hashes[32 * index : 32 * index + 32]:
             self._refuse(number, chunk, "its bytes were altered: the SHA-256 is not the recorded one")
         tokens = values.view(self.manifest.dtype)
         if (largest := int(tokens.max())) >= self.manifest.vocab_size:
@@ -107,7 +107,7 @@ class Chunks:
             memory = np.empty(layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8)
         data, done, file = memory[:size], 0, self._opened(number).file
         try:
-            while done < size and (more := os.preadv(file, [data[done:]], start + done)):
+            while done < size and (more := os.preadv(file, [data[done:].data], start + done)):
                 done += more
         except OSError as error:
             self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
