@@ -45,7 +45,9 @@ class Chunks:
     def __init__(self, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
         self.manifest = manifest
         self._stride = layout.padded((manifest.tokens_per_chunk + 1) * manifest.dtype.itemsize)
-        self._firsts: list[int] = manifest.first_chunks.tolist()  # of integers bisect finds one in a fifth of numpy's time
+        self._firsts: list[int] = (
+            manifest.first_chunks.tolist()
+        )  # of integers bisect finds one in a fifth of numpy's time
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._verified = bytearray(manifest.chunks)
         self._cache: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
@@ -103,8 +105,12 @@ class Chunks:
         """`size` bytes of a shard, of a chunk and its header, as uint8; see `_read`. Into memory that was used before where
         there is some: the first touch of fresh memory costs more than the reading itself."""
         memory, self._spare = self._spare, None
-        if memory is None or sys.getrefcount(memory) > 2:  # it is this variable's and the call's alone, or someone has a view
-            memory = np.empty(layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8)
+        if (
+            memory is None or sys.getrefcount(memory) > 2
+        ):  # it is this variable's and the call's alone, or someone has a view
+            memory = np.empty(
+                layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8
+            )
         data, done, file = memory[:size], 0, self._opened(number).file
         try:
             while done < size and (more := os.preadv(file, [data[done:].data], start + done)):
