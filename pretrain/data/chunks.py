@@ -92,8 +92,8 @@ class Chunks:
         """All values of a chunk, read whole and checked."""
         number, index = self._place(chunk)
         data = self._read_whole(number, chunk, index * self._stride, layout.BLOCK + self._size(chunk))
-        if fault := self._fault(chunk, data.data):
-            self._refuse(number, chunk, fault)
+        if why := self._fault(chunk, data.data):
+            self._refuse(number, chunk, why)
         return self._keep_verified(chunk, data[layout.BLOCK :].view(self.manifest.dtype))
 
     def _fault(self, chunk: int, data: memoryview) -> str:

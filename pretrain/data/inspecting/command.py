@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ def _sources(config: Config, as_json: bool, console: Console) -> dict[str, Any]:
     """Of each of a config's sources its share of the run, and what is in it."""
     from pretrain.data.inspecting.mixture import shares_of, tell_shares
 
-    with _open(config) as sources:
+    with _opened(config) as sources:
         shares = shares_of(config, sources)
         if not as_json:
             tell_shares(shares, console)
@@ -145,7 +145,7 @@ def _samples(path: Path, config: Config | None, args: Namespace, console: Consol
         return
     from pretrain.data.inspecting.seen import names_of, rows_of, stream_of
 
-    with _open(config) as sources:
+    with _opened(config) as sources:
         speller = Speller(sources.tokenizer, names_of(sources.vocabulary))
         for number in args.sample:
             rows = rows_of(config, sources, number)
@@ -184,23 +184,18 @@ def _described(row: Row) -> dict[str, Any]:
 # -- a config's data -------------------------------------------------------------------------------------------------
 
 
-def _open(config: Config) -> Any:
+@contextmanager
+def _opened(config: Config) -> Iterator[Sources]:
     """The sources of a config, which are closed on leaving."""
-    from contextlib import contextmanager
-
-    from pretrain.data.sources import Sources
+    from pretrain.data.sources import Sources  # with torch, which shards do without
     from pretrain.inherit import with_initial
 
-    @contextmanager
-    def opened() -> Iterator[Sources]:
-        sources = Sources.open(with_initial(config))
-        try:
-            yield sources
-        finally:
-            for stream in (*sources.phases, *([sources.validation] if sources.validation else [])):
-                stream.close()
-
-    return opened()
+    sources = Sources.open(with_initial(config))
+    try:
+        yield sources
+    finally:
+        for stream in (*sources.phases, *([sources.validation] if sources.validation else [])):
+            stream.close()
 
 
 def _train(sources: Sources) -> Stream:

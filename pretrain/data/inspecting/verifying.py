@@ -18,7 +18,7 @@ from pretrain.data.chunks import MEND, fault
 from pretrain.data.manifest import Manifest, Shard
 from pretrain.errors import UserError
 
-PART = 1 << 20  # bytes of what is behind the last chunk, read at a time
+PART = 1 << 16  # bytes of what is behind the last chunk, read at a time
 
 
 def verify(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> Iterator[str]:

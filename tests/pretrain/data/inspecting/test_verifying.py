@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pretrain.data.inspecting.counting import count
 from pretrain.data.inspecting.verifying import verify
 from pretrain.data.manifest import Manifest
+from pretrain.tokenization.base import Tokenizer
+from tests.pretrain.data.corpus import many_tokens, write_source
 
 
 def flip(path: Path, place: int) -> None:
@@ -86,3 +90,18 @@ def test_one_pass_names_all_of_it_and_reads_each_byte_once(source: Path) -> None
         "shard-00003.tar: its SHA",
     ]
     assert sum(read) == sum(shard.bytes for shard in manifest.shards) - manifest.shards[1].bytes
+
+
+@pytest.mark.parametrize("read", [lambda manifest: list(verify(manifest)), count], ids=["verify", "count"])
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, tokenizer: Tokenizer, read: Callable[[Manifest], object]
+) -> None:
+    peaks = []
+    for tokens in (200_000, 1_600_000):  # 0.4 and 3.2 MB
+        folder = write_source(tmp_path / str(tokens), many_tokens(tokens, tokenizer.vocab_size), tokenizer, 8192, 16)
+        manifest = Manifest.load(folder)
+        tracemalloc.start()
+        read(manifest)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 200_000, peaks
