@@ -8,7 +8,7 @@ SHARDS := shards/train/manifest.json
 
 SHELL := /bin/bash
 
-.PHONY: help setup demo demo-parallel finetune-demo test test-cluster check bench matrix torture wheels gpu clean
+.PHONY: help setup demo demo-parallel finetune-demo test test-cluster check bench matrix torture fuzz wheels gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"
 	@echo "make torture        two hundred runs killed at random places and started again under other layouts (an hour)"
+	@echo "make fuzz           changed files of every format to every reader, for FUZZ_SECONDS (60); failures are kept"
 	@echo "make gpu            tests and benchmarks on one NVIDIA GPU, also without internet: see .ci/gpu"
 	@echo "make wheels         what make gpu needs there beside CUDA torch, into wheels/ (GPU_PYTHON=3.12)"
 	@echo "make bench          measure what the README claims"
@@ -103,6 +104,10 @@ matrix: $(STAMP)
 torture: $(STAMP)
 	$(BIN)/python -m pytest -q tests/pretrain/test_torture.py --first-seed 0 --schedules 200 $(ARGS)
 
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
 gpu:
 	PYTHON=$(PYTHON) .ci/gpu
 
@@ -118,5 +123,5 @@ wheels: $(STAMP)
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build fuzz-failures *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

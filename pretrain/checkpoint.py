@@ -186,3 +186,9 @@ def _read(checkpoint: Checkpoint, wanted: list[Wanted]) -> None:
         read_boxes(wanted, checkpoint.folder, checkpoint.entries)
     except OSError as error:
         raise UserError(f"{checkpoint.folder}: cannot be read: {error}") from error
+    for want in wanted:
+        if not want.target.isfinite().all():
+            raise UserError(
+                f"{checkpoint.folder}: its {want.tensor!r:.80} has numbers that are not finite (NaN or infinity), which no "
+                "training mends; take an earlier checkpoint, or make or export this one again"
+            )

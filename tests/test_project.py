@@ -31,6 +31,7 @@ TARGETS = (
     "bench",
     "matrix",
     "torture",
+    "fuzz",
     "clean",
 )
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from pretrain.data import shards as layout
 from pretrain.data.packing import CONCATENATED, Packing
+from pretrain.data.plain import open_plain
 from pretrain.errors import UserError
 from pretrain.tokenization.base import MAX_BYTES as MAX_TOKENIZER_BYTES
 from pretrain.tokenization.base import Tokenizer
@@ -133,7 +134,7 @@ def canonical(value: Any) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(
@@ -280,7 +281,7 @@ def _hash(value: dict[str, Any], name: str) -> str:
 def _check_tokenizer(manifest: Manifest) -> None:
     path = manifest.tokenizer_path
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             found = hashlib.sha256(file.read(MAX_TOKENIZER_BYTES)).hexdigest()
     except OSError as error:
         raise UserError(f"The tokenizer {path} is missing or unreadable: {error.strerror}.") from error

@@ -23,9 +23,17 @@ class Pieces(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
-        except (RuntimeError, OSError) as error:
+        except (
+            RuntimeError,
+            OSError,
+            UnicodeDecodeError,
+        ) as error:  # the last: a message about a piece that is no text
             raise UserError(f"{name} is not a SentencePiece model.") from error
         self.vocab_size = self._processor.vocab_size()
+        try:
+            self._processor.IdToPiece(list(range(self.vocab_size)))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not a SentencePiece model: one of its pieces is not UTF-8 text.") from error
         self.special = self._special()
         if "eos" not in self.special:
             raise UserError(

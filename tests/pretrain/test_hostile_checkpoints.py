@@ -361,6 +361,24 @@ def test_a_run_does_not_go_on_from_such_a_file(run: Path, tmp_path: Path, what: 
     assert running.content_of(run) == before
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_named_before_anything_is_trained(
+    run: Path, tmp_path: Path, tiny_data: Path, number: float
+) -> None:
+    """In a run that is gone on with, and in a model that another starts from."""
+    _, tensors = files_of(run)
+    content = tensors.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    begin = 8 + length + json.loads(content[8 : 8 + length])["embedding.weight"]["data_offsets"][0]
+    replace_tensors(run, content[: begin + 400] + struct.pack("<f", number) + content[begin + 404 :])
+    words = "its 'embedding.weight' has numbers that are not finite (NaN or infinity)"
+    assert words in refused(run)
+    before = running.content_of(run)
+    assert_refused(running.command("train", run), words)
+    assert running.content_of(run) == before
+    assert_refused(running.train(tmp_path / "other", tiny_data, f"model.initial={run}"), words)
+
+
 def test_a_checkpoint_of_a_larger_model_is_not_taken_for_a_part_of_it(run: Path) -> None:
     """A config edited to one layer less would otherwise give another model without a word."""
     config = run / "config.yaml"

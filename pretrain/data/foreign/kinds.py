@@ -33,7 +33,7 @@ def kind_of(path: Path) -> str | None:
         return WEBDATASET
     if name.endswith(".parquet"):
         return PARQUET
-    if name.endswith(".idx") or (name.endswith(".bin") and index_of(path).is_file()):
+    if path.suffix == ".idx" or (path.suffix == ".bin" and index_of(path).is_file()):
         return MEGATRON
     return None
 
@@ -42,7 +42,7 @@ def is_listed(path: Path) -> bool:
     """Whether a file inside a folder is one to read: of Megatron-LM's two the .idx, where both are there."""
     kind = kind_of(path)
     if kind == MEGATRON:
-        return path.suffix.lower() == ".idx" and path.with_suffix(".bin").is_file()
+        return path.suffix == ".idx" and path.with_suffix(".bin").is_file()
     return kind is not None
 
 

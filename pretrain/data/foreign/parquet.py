@@ -156,7 +156,13 @@ class Table:
     def _opened(self, pyarrow: Any, parquet: Any, file: TextFile) -> Any:
         source = pyarrow.OSFile(os.fspath(file.path))  # a path would be looked at as a URL first
         try:
-            return parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, arrow_extensions_enabled=False)
+            return parquet.ParquetFile(
+                source,
+                buffer_size=1 << 20,
+                pre_buffer=False,
+                page_checksum_verification=True,  # where the file has them
+                arrow_extensions_enabled=False,
+            )
         except self._errors as error:
             source.close()
             raise Damaged("a damaged Parquet file") from error

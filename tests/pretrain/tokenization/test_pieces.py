@@ -200,3 +200,12 @@ def test_a_model_without_a_document_end_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"has no control symbol that ends a document .*eos_id >= 0"):
         load_tokenizer(f"{path}.model")
+
+
+def test_a_model_of_pieces_that_are_no_utf8_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+    """SentencePiece itself takes it, and fails only where the piece is asked for."""
+    place = bpe.content.index(b"<mask>")
+    path = tmp_path / "bad.model"
+    path.write_bytes(bpe.content[:place] + b"<m\xff\xfek>" + bpe.content[place + 6 :])
+    with pytest.raises(UserError, match=f"{path} is not a SentencePiece model"):
+        load_tokenizer(path)
