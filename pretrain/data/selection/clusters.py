@@ -40,9 +40,10 @@ SUMMARY = "summary.json"
 
 @dataclass
 class Summary:
-    """documents: of all pieces. exact, near: copies found (near also where they are kept). sizes: documents a cluster ->
-    clusters of so many, from 2 on. histograms: as in `Signatures`, of all pieces."""
+    """fingerprint: of the selection. documents: of all pieces. exact, near: copies found (near also where they are kept).
+    sizes: documents a cluster -> clusters of so many, from 2 on. histograms: as in `Signatures`, of all pieces."""
 
+    fingerprint: str
     documents: int
     exact: int
     near: int
@@ -63,6 +64,7 @@ def cluster(
     """Of the signature files of all pieces, by their numbers: writes a file of fates for each piece into `out`, then
     `summary.json`. memory: bytes, about, beside the mapped file. Raises UserError for files that are not this selection's."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / SUMMARY).unlink(missing_ok=True)  # an earlier one's, which a run that ends here must not leave behind
     scratch = out / ".sorting"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -75,17 +77,18 @@ def cluster(
             for band in range(config.near.bands):
                 _join_band(corpus, band, config.near.threshold)
         drop = config.near is not None and config.near.drop
-        summary = _finish(corpus, out, drop, exact)
+        summary = _finish(corpus, out, drop, exact, fingerprint)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     write_whole(out / SUMMARY, json.dumps(summary.to_json(), sort_keys=True).encode() + b"\n")
     return summary
 
 
-def read_summary(out: Path) -> Summary | None:
-    """What `cluster` wrote last; None where it has not ended."""
+def read_summary(out: Path, fingerprint: str) -> Summary | None:
+    """What `cluster` wrote last; None where it has not ended, or was of another selection."""
     path = out / SUMMARY
-    return Summary.from_json(json.loads(path.read_text())) if path.is_file() else None
+    found = Summary.from_json(json.loads(path.read_text())) if path.is_file() else None
+    return found if found is not None and found.fingerprint == fingerprint else None
 
 
 class Corpus:
@@ -230,7 +233,7 @@ def _are_copies(corpus: Corpus, pairs: Integers, threshold: float) -> Array:
     return same
 
 
-def _finish(corpus: Corpus, out: Path, drop: bool, exact: int) -> Summary:
+def _finish(corpus: Corpus, out: Path, drop: bool, exact: int, fingerprint: str) -> Summary:
     """Write what becomes of each document, and count the clusters."""
     sizes = corpus.mapped("sizes", np.uint32)
     near = 0
@@ -244,7 +247,7 @@ def _finish(corpus: Corpus, out: Path, drop: bool, exact: int) -> Summary:
         np.add.at(sizes, roots, 1)
     for number, (base, file) in zip(corpus.files, corpus.each(), strict=True):
         write_fates(fates_path(out, number), _fates(corpus, sizes, base, file))
-    return Summary(corpus.documents, exact, near, _counted(corpus, sizes), _added(corpus))
+    return Summary(fingerprint, corpus.documents, exact, near, _counted(corpus, sizes), _added(corpus))
 
 
 def _fates(corpus: Corpus, sizes: Array, base: int, file: SignatureFile) -> Iterator[Fates]:
