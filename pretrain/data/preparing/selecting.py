@@ -130,6 +130,7 @@ def write_selection_report(tools: Tools, folder: Path, tally: Tally) -> None:
     from pretrain.data.selection.clusters import read_summary
     from pretrain.data.selection.report import NAME, write_report
 
-    assert tools.selection is not None
-    summary = read_summary(tools.work / CLUSTERS) if tools.plan.compares else None
-    write_report(folder / NAME, tools.selection, tally, summary)
+    selection = tools.selection
+    assert selection is not None
+    summary = read_summary(tools.work / CLUSTERS, selection.fingerprint) if tools.plan.compares else None
+    write_report(folder / NAME, selection, tally, summary)
