@@ -159,6 +159,28 @@ def test_each_source_has_its_own_validation_beside_the_mean_of_all_targets(tmp_p
     assert next(line for line in out.splitlines() if line.startswith("step 0: validation loss")).endswith(told)
 
 
+def test_each_source_has_the_same_validation_under_a_pipeline(tmp_path: Path, tiny_data: Path) -> None:
+    options = (*mixture(tiny_data), "parallel.pipeline=2", "run.stop_at=0.01 of total")
+    ran = running.train(tmp_path, tiny_data, *options, world=2)
+    assert ran.code == 0, ran.told
+    ours, theirs = (running.lines_of(run)[0] for run in (tmp_path / "run", uninterrupted(tiny_data)[0]))
+    assert ours["step"] == theirs["step"] == 0 and ours["sources"].keys() == {"web", "code"}
+    for name, found in ours["sources"].items():
+        assert found == pytest.approx(theirs["sources"][name], rel=1e-5)
+
+
+def test_sentence_pairs_find_their_partners_across_changes_and_behind_the_end(tmp_path: Path, tiny_data: Path) -> None:
+    """A partner is a sample that comes later, of whatever source that is."""
+    bert = (
+        "model={kind: bert, num_layers: 2, hidden_size: 32, num_heads: 4, norm_position: post, dropout: 0.1}",
+        "objective={kind: masked, pairs: next}",
+    )
+    ran = running.train(tmp_path, tiny_data, *bert, *mixture(tiny_data, epochs=2), "batch={size: 8, micro_size: 4}")
+    assert ran.code == 0, ran.told
+    last = running.lines_of(tmp_path / "run")[-1]
+    assert last["step"] == 12 and set(last["sources"]["web"]) == {"validation_loss"}, "its targets are but a part"
+
+
 def test_a_change_is_told_in_the_log_and_on_the_timeline(tiny_data: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
