@@ -108,7 +108,8 @@ class Sources:
     @property
     def has_rows(self) -> bool:
         """Whether text is read in rows that were packed, which filler may end."""
-        streams = [stream for stream in (*self.phases, self.validation) if isinstance(stream, Stream)]
+        held_out = (self.validation, *self.held_out.values())
+        streams = [stream for stream in (*self.phases, *held_out) if isinstance(stream, Stream)]
         return any(manifest.packing.is_rows_of_text for stream in streams for manifest in stream.manifests)
 
     @property
