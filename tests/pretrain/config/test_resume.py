@@ -71,6 +71,8 @@ CANDIDATES = (
     "weight",
     "other {text}",
     [{"seq_length": 8, "length": "3 steps"}],
+    "3 GiB",
+    "https://store.example",
 )
 
 
