@@ -77,8 +77,8 @@ CANDIDATES = (
     "weight",
     "other {text}",
     [{"seq_length": 8, "length": "3 steps"}],
-    "300 MB",
-    "http://127.0.0.1:9000",
+    "3 GiB",
+    "https://store.example",
     [{"from": "8 steps", "weights": {"web": 1, "code": 2}}],
 )
 
