@@ -219,7 +219,7 @@ def _drafted(
         except BaseException as error:
             done = begun or not isinstance(error, Exception) or any(_num_done(tools, stage) for stage in (SIGN, ENCODE))
             if isinstance(error, NoDocuments) or not done or not (draft / PLAN).exists():
-                shutil.rmtree(draft)
+                shutil.rmtree(draft, ignore_errors=True)
             elif draft.exists() and not isinstance(error, plan.Changed):
                 say(f"What is done is kept beside {out}: the same command goes on with it, --restart throws it away.")
             raise

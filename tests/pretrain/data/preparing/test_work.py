@@ -78,8 +78,17 @@ def draft_of(out: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_change_nothing(
-    texts: Path, options: Options, expected: dict[str, str], tmp_path: Path, processes: int
+    texts: Path,
+    options: Options,
+    expected: dict[str, str],
+    tmp_path: Path,
+    processes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """Started where a file is called as a library: it is text, which no process imports."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("numpy.py").write_text("raise SystemExit('imported')\n")
     prepare([texts], tmp_path / "out", options, processes=processes, say=silent)
     assert hashes(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
