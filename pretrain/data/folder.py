@@ -56,20 +56,25 @@ def whole_folder(out: str | Path, contents: Sequence[str], say: Callable[[str], 
 
 @contextmanager
 def lasting_folder(
-    out: str | Path, contents: Sequence[str], begun: str, say: Callable[[str], None], shared: bool = False
+    out: str | Path,
+    contents: Sequence[str],
+    begun: str,
+    say: Callable[[str], None],
+    new: bool = True,
+    shared: bool = False,
 ) -> Iterator[Path]:
     """Gives the draft of `out`, new or as an earlier run left it, and leaves it there: `publish` makes it `out`.
 
-    begun: what lies in a draft that can go on; one without it is removed as a leftover. shared: others may work on it at the
-    same time, who never write what it writes; such a draft must be there. Raises UserError as `whole_folder` does, where
-    another process has it, and for a full disk.
+    begun: what lies in a draft that can go on; one without it is removed as a leftover. new: whether one may be made. shared:
+    others may work on it at the same time, whose files are never in the way of each other. Raises UserError as
+    `whole_folder` does, where another process has it, and for a full disk.
     """
     out = Path(os.path.realpath(out))
     draft = draft_of(out)
     lock = None
     try:
         _check_free(out)
-        if shared and not (draft / begun).exists():
+        if not new and not (draft / begun).exists():
             raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
         out.parent.mkdir(parents=True, exist_ok=True)
         if not (draft / begun).exists():

@@ -2,6 +2,7 @@
 
     OUT/train/ and OUT/validation/    one source each: shards, their hashes, manifest.json, the tokenizer
     OUT/report.json                   what was read, skipped and why
+    OUT/selection-report.html         of a selection: what it left out and why, with examples
 
 The texts are cut into pieces (`preparing/plan.py`). Two passes over them: one draws the tokenizer's sample (from training
 documents only), one encodes each piece by itself; then each shard is cut out of the pieces' tokens by itself. A document
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.config.folder import LAUNCH, LOGS, PLAN, draft_of
+from pretrain.config.folder import LAUNCH, LOGS, PLAN
 from pretrain.data import manifest as manifests
 from pretrain.data.documents import Skipped, TextFile, stdlib_corpus, text_files
 from pretrain.data.folder import lasting_folder, publish
@@ -146,8 +147,7 @@ def do_task(
     if not 0 <= task < tasks:
         raise UserError(f"--task is a number from 0 to below --tasks, not {task} of {tasks}.")
     say = say or _tell
-    with lasting_folder(out, CONTENTS, PLAN, say, shared=True) as draft:
-        tools = Tools(draft / WORK)
+    with _begun(out, say, shared=True) as tools:
         if stage == SIGN and not tools.plan.compares:
             raise UserError("--stage sign: the plan compares no documents with each other; leave it out.")
         if stage == ENCODE:
@@ -217,9 +217,9 @@ def _drafted(
             _plan(tools, texts, stdlib, options, say)
             yield tools
         except BaseException as error:
-            kept = begun or not isinstance(error, Exception) or any(_num_done(tools, stage) for stage in (SIGN, ENCODE))
-            if isinstance(error, NoDocuments) or not kept:
-                shutil.rmtree(draft)
+            done = begun or not isinstance(error, Exception) or any(_num_done(tools, stage) for stage in (SIGN, ENCODE))
+            if isinstance(error, NoDocuments) or not done or not (draft / PLAN).exists():
+                shutil.rmtree(draft, ignore_errors=True)
             elif draft.exists() and not isinstance(error, plan.Changed):
                 say(f"What is done is kept beside {out}: the same command goes on with it, --restart throws it away.")
             raise
@@ -235,6 +235,7 @@ def _plan(tools: Tools, texts: Sequence[str | Path], stdlib: bool, options: Opti
     deciding["select"] = None if selection is None else selection.fingerprint
     if (found := plan.Plan.open(tools.work)) is not None:
         plan.check_same(found, files, deciding)
+        stages.clear(tools)
         say(f"Going on with an unfinished work: {_num_done(tools):,} of {found.pieces:,} pieces are done.")
     else:
         plan.make(tools.work, files, options, deciding, selection is not None and selection.needs_clusters)
@@ -285,11 +286,9 @@ def _compare(tools: Tools, work: Stages, say: Say) -> None:
 
 
 @contextmanager
-def _begun(out: str | Path, say: Say) -> Iterator[Tools]:
-    """What another process planned, for this one alone."""
-    if not (draft_of(Path(os.path.realpath(out))) / PLAN).exists():
-        raise UserError(f"There is no plan for {out}: make it with `pretrain prepare TEXT... --out {out} --plan`.")
-    with lasting_folder(out, CONTENTS, PLAN, say) as draft:
+def _begun(out: str | Path, say: Say, shared: bool = False) -> Iterator[Tools]:
+    """What another process planned, for this one alone or for several that do pieces of it."""
+    with lasting_folder(out, CONTENTS, PLAN, say, new=False, shared=shared) as draft:
         yield Tools(draft / WORK)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_EXTENSION = 1 << 16  # bytes of a pax header or a long name
+UNUSED = ((108, 116), (116, 124), (136, 148), (329, 337), (337, 345))  # user, group, time, device: numbers too
 MAGICS = (b"ustar\x0000", b"ustar  \x00")  # of POSIX and of GNU
 HARMLESS = re.compile(  # what a pax header may say of a member: when, and whose it is
     rb"[amc]time|[ug](id|name)|comment|(SCHILY|LIBARCHIVE|RHT)\.[ -<>-~]*"
@@ -42,6 +43,9 @@ def parse(header: bytes) -> Member:
     found = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if _number(header[148:156]) != found:
         raise Damaged("a tar header with a wrong checksum")
+    for begin, end in UNUSED:
+        if header[begin] != 0xFF:  # a number below zero, in base 256
+            _number(header[begin:end])
     parts = [header[345:500], header[:100]] if header[257:265] == MAGICS[0] else [header[:100]]
     name = b"/".join(part for part in (field.split(b"\0", 1)[0] for field in parts) if part)
     kind = header[156:157].replace(b"\0", b"0").replace(b"7", b"0")  # forms of a plain file

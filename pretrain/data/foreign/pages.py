@@ -14,6 +14,7 @@ from typing import NamedTuple
 MAX_HEADER = 1 << 20  # bytes; statistics of long texts lie in it
 FIRST_READ = 1 << 12
 MAX_DEPTH = 16
+KINDS = (0, 2, 3)  # of pages: data, a dictionary, data in the newer form; pyarrow passes over others without a word
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12  # types on the wire
 
 
@@ -69,8 +70,8 @@ class _Header:
             else:
                 self._skip(kind & 15, MAX_DEPTH)
         page = Page(self.place, numbers.get(2, -1), numbers.get(3, -1))
-        if min(page) < 0:
-            raise BadPage("a page's header does not tell its size")
+        if min(page) < 0 or numbers.get(1) not in KINDS:
+            raise BadPage("a page's header does not tell its size, or its kind is unknown")
         return page
 
     def _byte(self) -> int:

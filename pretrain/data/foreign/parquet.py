@@ -89,6 +89,7 @@ class Table:
     def documents(self, group: int, skipped: Skipped) -> Iterator[Document]:
         """Of a row group. Raises Damaged."""
         row = sum(self.metadata.row_group(before).num_rows for before in range(group))
+        last = row + self.metadata.row_group(group).num_rows
         rows = self._rows_at_once(group)
         try:
             batches = self._file.iter_batches(rows, [group], [self._dotted], use_threads=False)
@@ -98,6 +99,8 @@ class Table:
                     yield from self._document(f"{self.name}:{row}", value, skipped)
         except self._errors as error:
             raise Damaged("a damaged Parquet file") from error
+        if row != last:
+            raise Damaged("a Parquet file with other rows than it declares")
 
     @property
     def _dotted(self) -> str:

@@ -157,10 +157,11 @@ class Pool:
 
 
 def _start(work: Path) -> _Worker:
-    """A process group of its own: Ctrl-C is the main process's to answer."""
+    """In a group of its own, since Ctrl-C is the main process's to answer; and what lies in the present folder, such as texts
+    that are programs, is not imported (-P)."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain.data.preparing.worker", str(work)],
+        [sys.executable, "-P", "-m", "pretrain.data.preparing.worker", str(work)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -132,5 +132,5 @@ def write_selection_report(tools: Tools, folder: Path, tally: Tally) -> None:
 
     selection = tools.selection
     assert selection is not None
-    summary = read_summary(tools.work / CLUSTERS, selection.fingerprint) if tools.plan.compares else None
+    summary = read_summary(tools.work / CLUSTERS) if tools.plan.compares else None
     write_report(folder / NAME, selection, tally, summary)

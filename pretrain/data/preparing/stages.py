@@ -90,6 +90,13 @@ class Stages:
             Skipped(strict=True).merge(found["skipped"], found["examples"])
 
 
+def clear(tools: Tools) -> None:
+    """Remove what writers that were killed left of their files. Only where no other writes."""
+    for stage in VERBS:
+        for path in (tools.work / stage).glob(".*"):
+            path.unlink(missing_ok=True)
+
+
 def remove(tools: Tools) -> None:
     """What the stages wrote, but not the plan: by it a start that comes now knows that all is done."""
     for stage in (*VERBS, CLUSTERS):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import html
 import math
+import unicodedata
 from collections.abc import Sequence
 
 from pretrain.data.selection.rules import BINS, Rule, Scale, number
 
 WIDTH, HEIGHT, FOOT, EDGE = 320, 120, 18, 4
+SHOWN = "\n\t\u200c\u200d"  # joiners stand within words of some scripts
 KEPT, DROPPED, QUIET = "#3b7dd8", "#d2452d", "#5b636b"
 
 
 def escaped(text: str) -> str:
-    """For HTML: also signs that no page may hold become visible."""
-    return html.escape("".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text))
+    """For HTML: signs that no page may hold, or that turn the text around, become visible."""
+    return html.escape("".join(sign if _is_shown(sign) else "\ufffd" for sign in text))
+
+
+def _is_shown(sign: str) -> bool:
+    return sign.isprintable() or sign in SHOWN or unicodedata.category(sign) == "Zs"
 
 
 def histogram(rule: Rule, counts: Sequence[int]) -> str:

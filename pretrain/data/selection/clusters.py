@@ -40,10 +40,9 @@ SUMMARY = "summary.json"
 
 @dataclass
 class Summary:
-    """fingerprint: of the selection. documents: of all pieces. exact, near: copies found (near also where they are kept).
-    sizes: documents a cluster -> clusters of so many, from 2 on. histograms: as in `Signatures`, of all pieces."""
+    """documents: of all pieces. exact, near: copies found (near also where they are kept). sizes: documents a cluster ->
+    clusters of so many, from 2 on. histograms: as in `Signatures`, of all pieces."""
 
-    fingerprint: str
     documents: int
     exact: int
     near: int
@@ -77,18 +76,17 @@ def cluster(
             for band in range(config.near.bands):
                 _join_band(corpus, band, config.near.threshold)
         drop = config.near is not None and config.near.drop
-        summary = _finish(corpus, out, drop, exact, fingerprint)
+        summary = _finish(corpus, out, drop, exact)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     write_whole(out / SUMMARY, json.dumps(summary.to_json(), sort_keys=True).encode() + b"\n")
     return summary
 
 
-def read_summary(out: Path, fingerprint: str) -> Summary | None:
-    """What `cluster` wrote last; None where it has not ended, or was of another selection."""
+def read_summary(out: Path) -> Summary | None:
+    """What `cluster` wrote last; None where it has not ended."""
     path = out / SUMMARY
-    found = Summary.from_json(json.loads(path.read_text())) if path.is_file() else None
-    return found if found is not None and found.fingerprint == fingerprint else None
+    return Summary.from_json(json.loads(path.read_text())) if path.is_file() else None
 
 
 class Corpus:
@@ -233,7 +231,7 @@ def _are_copies(corpus: Corpus, pairs: Integers, threshold: float) -> Array:
     return same
 
 
-def _finish(corpus: Corpus, out: Path, drop: bool, exact: int, fingerprint: str) -> Summary:
+def _finish(corpus: Corpus, out: Path, drop: bool, exact: int) -> Summary:
     """Write what becomes of each document, and count the clusters."""
     sizes = corpus.mapped("sizes", np.uint32)
     near = 0
@@ -247,7 +245,7 @@ def _finish(corpus: Corpus, out: Path, drop: bool, exact: int, fingerprint: str)
         np.add.at(sizes, roots, 1)
     for number, (base, file) in zip(corpus.files, corpus.each(), strict=True):
         write_fates(fates_path(out, number), _fates(corpus, sizes, base, file))
-    return Summary(fingerprint, corpus.documents, exact, near, _counted(corpus, sizes), _added(corpus))
+    return Summary(corpus.documents, exact, near, _counted(corpus, sizes), _added(corpus))
 
 
 def _fates(corpus: Corpus, sizes: Array, base: int, file: SignatureFile) -> Iterator[Fates]:

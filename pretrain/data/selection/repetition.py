@@ -132,12 +132,9 @@ def _ngrams(words: WordRuns, num_texts: int, longest: int) -> Iterator[tuple[str
 
 
 def _extended(words: WordRuns, places: Integers, sums: Words, n: int) -> tuple[Integers, Words]:
-    """n-grams at those places of (n - 1)-grams that the next place is one of too; `places` ascend."""
-    next_too = np.flatnonzero(places[1:] == places[:-1] + 1)
-    last = np.minimum(places[next_too] + n - 1, len(words.texts) - 1)
-    chosen = next_too[(last == places[next_too] + n - 1) & (words.texts[last] == words.texts[places[next_too]])]
-    places = places[chosen]
-    return places, sums[chosen] + words.keys[places + n - 1] * ODD[n - 1]
+    """n-grams at those places, ascending, of (n - 1)-grams whose next place is one of too; so they are within a text."""
+    chosen = np.flatnonzero(places[1:] == places[:-1] + 1)
+    return places[chosen], sums[chosen] + words.keys[places[chosen] + n - 1] * ODD[n - 1]
 
 
 def _top(words: WordRuns, found: Copies, n: int) -> Integers:

@@ -142,6 +142,26 @@ def test_bytes_that_were_altered_are_skipped_as_damage(tmp_path: Path) -> None:
     assert read(path)[1].counts == {"a damaged Parquet file": 1}
 
 
+def test_a_page_of_an_unknown_kind_is_damage_not_passed_over(tmp_path: Path) -> None:
+    """pyarrow leaves such a page's rows out without a word."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": stdlib_texts(4)}), path, use_dictionary=False, row_group_size=2)
+    data = bytearray(path.read_bytes())
+    assert data[4:6] == b"\x15\x00"  # the first field of the first page's header: its kind
+    data[5] = 2
+    path.write_bytes(data)
+    found, skipped = read(path)
+    assert found == [] and skipped.counts == {"a damaged Parquet file": 1}
+
+
+def test_rows_that_are_missing_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", stdlib_texts(4))
+    table = module.Table
+    monkeypatch.setattr(table, "_values", lambda self, batch: ["all that is left"])
+    found, skipped = read(path)
+    assert len(found) == 1 and skipped.counts == {"a Parquet file with other rows than it declares": 1}
+
+
 def test_a_dictionarys_text_in_many_rows_is_never_in_memory_at_once(tmp_path: Path) -> None:
     """800 bytes that say 10 GB: a text of 10 MB, a thousand times."""
     text = pa.array(["a" * 10_000_000]).dictionary_encode()

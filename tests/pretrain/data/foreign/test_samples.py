@@ -237,6 +237,14 @@ def test_a_name_that_is_no_utf8_is_none_unless_its_bytes_are_written_out(tmp_pat
     assert read(path)[1].counts == {"an absolute member name": 1}  # a backslash stands for the byte
 
 
+def user(field: bytes) -> bytes:
+    """A member whose user has such a number."""
+    header = bytearray(raw_header())
+    header[108:116], header[148:156] = field, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + b"text\n".ljust(512, b"\0")
+
+
 ONE = packed([("first.txt", b"first")], end=False)
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "cut between members": (ONE, "a tar cut short: it has no end"),
@@ -253,6 +261,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         "a tar header with a wrong checksum",
     ),
     "no number": (ONE + member(size=b"0000000000x\0") + END, "a tar header with a number that is none"),
+    "no number of a user": (ONE + user(b"00x0000\0") + END, "a tar header with a number that is none"),
     "a negative size": (ONE + member(size=b"\xff" * 12) + END, "a tar header with a number that is none"),
     "a terabyte": (
         ONE + member(size=b"\x80" + (1 << 40).to_bytes(11, "big")) + END,

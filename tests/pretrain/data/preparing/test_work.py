@@ -78,8 +78,17 @@ def draft_of(out: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_change_nothing(
-    texts: Path, options: Options, expected: dict[str, str], tmp_path: Path, processes: int
+    texts: Path,
+    options: Options,
+    expected: dict[str, str],
+    tmp_path: Path,
+    processes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """Started where a file is called as a library: it is text, which no process imports."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("numpy.py").write_text("raise SystemExit('imported')\n")
     prepare([texts], tmp_path / "out", options, processes=processes, say=silent)
     assert hashes(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -155,6 +164,31 @@ def test_options_without_effect_and_parts_out_of_order_are_refused(texts: Path, 
     ):
         result = run_python(["pretrain", "prepare", *words, "--out", "out"], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, "") and message in result.stderr.replace(f"{tmp_path}/", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_of_a_file_is_removed_at_the_next_start(
+    texts: Path, options: Options, tmp_path: Path
+) -> None:
+    encode = draft_of(tmp_path / "out") / "work" / "encode"
+    plan_only([texts], tmp_path / "out", options, processes=1, say=silent)
+    do_task(tmp_path / "out", 0, PIECES, processes=1, say=silent)
+    (encode / ".000001.train.host-7-a1b2c3").write_bytes(b"part")
+    plan_only([texts], tmp_path / "out", options, processes=1, say=silent)
+    assert sorted(path.name for path in encode.iterdir()) == [
+        f"000000.{end}" for end in ("json", "train", "validation")
+    ]
+
+
+def test_interrupted_before_there_is_a_plan_it_leaves_nothing(
+    texts: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.plan, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([texts], tmp_path / "out", options, processes=1, say=silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -449,7 +483,7 @@ def test_a_merge_is_refused_while_a_task_is_at_work_and_a_task_while_a_merge_is(
     plan_only([texts], out, options, processes=1, say=silent)
     for shared, second in ((True, merge_only), (False, lambda out, **rest: do_task(out, 0, 1, **rest))):
         with (
-            lasting_folder(out, module.CONTENTS, PLAN, silent, shared),
+            lasting_folder(out, module.CONTENTS, PLAN, silent, new=False, shared=shared),
             pytest.raises(UserError, match=r"Another process is preparing .*out right now"),
         ):
             second(out, processes=1, say=silent)  # type: ignore[operator]

@@ -71,7 +71,7 @@ def test_the_first_file_that_has_the_run_is_named_and_short_texts_are_counted(qu
     assert (runs.num_texts, runs.num_short) == (6, 3)
 
 
-@pytest.mark.parametrize("place", [0, 900, 990, 999, 1000, 1010, 3000])
+@pytest.mark.parametrize("place", [0, 900, 930, 940, 950, 960, 1000, 3000])
 def test_a_long_document_is_looked_at_piece_by_piece(
     place: int, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,11 @@ def test_pictures_are_xml_with_each_count_and_threshold() -> None:
     assert len(ElementTree.fromstring(bars([("2", 10), ("3 to 4", 0)])).findall("rect")) == 2
 
 
+def test_signs_that_no_page_may_hold_are_shown_as_such() -> None:
+    assert escaped("a\u00a0b\u3000c\u200dd\n") == "a\u00a0b\u3000c\u200dd\n"
+    assert escaped("\0\x1b\u202e\ud800\x85") == "\ufffd" * 5 and escaped("<&\"'>") == "&lt;&amp;&quot;&#x27;&gt;"
+
+
 def test_a_scale_puts_values_into_bins() -> None:
     import numpy as np
 
