@@ -261,6 +261,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         "a tar header with a wrong checksum",
     ),
     "no number": (ONE + member(size=b"0000000000x\0") + END, "a tar header with a number that is none"),
+    "digits behind a zero byte": (
+        ONE + member(size=b"\x0000000000005") + END,
+        "a tar header with a number that is none",
+    ),
     "no number of a user": (ONE + user(b"00x0000\0") + END, "a tar header with a number that is none"),
     "a negative size": (ONE + member(size=b"\xff" * 12) + END, "a tar header with a number that is none"),
     "a terabyte": (
