@@ -93,6 +93,7 @@ bench: $(STAMP) $(SHARDS)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/remote.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/optimizer.py
 

@@ -98,7 +98,11 @@ def facts_of(run: Run) -> Facts:
         kernels=built.kernels,
         passed_over=built.passed_over,
         start=run.start.told,
-        findings=(*(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()), *_few(run)),
+        findings=(
+            *(f"{part.path}: {line}" for part in parts for line in part.findings.sentences()),
+            *sources.train.findings,
+            *_few(run),
+        ),
     )
 
 

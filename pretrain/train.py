@@ -128,6 +128,7 @@ class Run:
             self.config.data.prefetch,
             self.objective.also,
             WAIT * self.config.parallel.timeout,
+            self.config.data.remote.timeout_seconds,
         )
         self.heartbeat.reader = source.waits_for
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from parallel.layout import Problem
 from pretrain.config.duration import Interval
+from pretrain.config.remote import CacheConfig, RemoteConfig
 from pretrain.config.section import Section, meaning
 
 MOST_PHASES = 6  # before the last: torch.compile keeps 8 graphs of a model, one a length and one of validation
@@ -28,7 +29,8 @@ class DataConfig(Section):
     """Shards made by `prepare`; the tokenizer travels with them. Or files of labelled examples."""
 
     train: str | list[str] = meaning(
-        "shards/train", "folder of shards to train on, or a list of folders; or a file of labelled examples"
+        "shards/train",
+        "folder of shards to train on (or its s3://, gs://, http(s):// address), or a list; or a file of labelled examples",
     )
     weights: list[float] | None = meaning(None, "share of samples from each train folder; null: by their sizes")
     validation: str | None = meaning(None, "folder of held-out shards, or file of examples; null: no validation")
@@ -41,6 +43,10 @@ class DataConfig(Section):
     lanes: int = meaning(256, "the shuffle's parallel lanes through the data; part of the data's order", ge=1)
     window: int = meaning(16, "chunks of a lane that are mixed at a time; part of the data's order", ge=1)
     prefetch: int = meaning(2, "batches read ahead of the training loop", ge=1)
+    cache: CacheConfig = meaning(
+        CacheConfig(), "of chunks of shards at addresses, on each node; of all its ranks and runs"
+    )
+    remote: RemoteConfig = meaning(RemoteConfig(), "how shards at addresses are reached")
 
     def problems(self) -> Iterator[Problem]:
         folders, weights = self.train_folders, self.weights

@@ -36,6 +36,8 @@ FREE = (
     "data.train",
     "data.validation",
     "data.prefetch",
+    "data.cache",
+    "data.remote",
     "data.phases.micro_size",
 )
 

@@ -13,7 +13,9 @@ import hashlib
 import os
 import stat
 import sys
+import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +55,7 @@ class Chunks:
         self._cache: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
         self._keep = max(1, cache_bytes // self._stride)
         self._spare: np.ndarray[Any, Any] | None = None  # memory of a chunk that has left the cache
+        self._reading: tuple[int, float] | None = None  # a chunk of which a file is read, and since when
         for number in range(len(manifest.shards)):
             self._check_shard(number)
 
@@ -64,15 +67,27 @@ class Chunks:
         if not self._verified[chunk]:
             return self._verify(chunk)[first : first + count]
         itemsize = self.manifest.dtype.itemsize
-        number, index = self._place(chunk)
-        start = index * self._stride + layout.BLOCK + first * itemsize
-        data = self._read(number, chunk, start, count * itemsize)
+        data = self._part(chunk, first * itemsize, count * itemsize)
+        if data is None:
+            return self._verify(chunk)[first : first + count]
         return np.frombuffer(data, self.manifest.dtype)
 
     def close(self) -> None:
         """Close the open files."""
         while self._open:
             os.close(self._open.popitem()[1].file)
+
+    def stalled(self, seconds: float) -> str:
+        """A sentence where a read of a file has hung for so long, as on a network's disk whose server is gone; else empty.
+        Asked by another thread than the one that reads."""
+        reading = self._reading
+        if reading is None or (hung := time.monotonic() - reading[1]) < seconds:
+            return ""
+        path = self.manifest.folder / self.shard_of(reading[0]).name
+        return (
+            f"{path}, chunk {reading[0]}: the disk has not answered for {hung:.0f} s. Look at what is mounted there; the "
+            "same command goes on from the last checkpoint."
+        )
 
     def shard_of(self, chunk: int) -> Shard:
         """The shard that holds a chunk."""
@@ -83,18 +98,32 @@ class Chunks:
         number = bisect.bisect_right(self._firsts, chunk) - 1
         return number, chunk - self._firsts[number]
 
+    def _size(self, chunk: int) -> int:
+        """Bytes of a chunk's data."""
+        return layout.chunk_values(chunk, self.manifest) * self.manifest.dtype.itemsize
+
     def _verify(self, chunk: int) -> np.ndarray[Any, Any]:
+        """All values of a chunk, read whole and checked."""
         number, index = self._place(chunk)
-        size = layout.chunk_values(chunk, self.manifest) * self.manifest.dtype.itemsize
-        data = self._read_whole(number, chunk, index * self._stride, layout.BLOCK + size)
-        header, values = data[: layout.BLOCK].tobytes(), data[layout.BLOCK :]
+        data = self._read_whole(number, chunk, index * self._stride, layout.BLOCK + self._size(chunk))
+        if fault := self._fault(chunk, data.data):
+            self._refuse(number, chunk, fault)
+        return self._keep_verified(chunk, data)
+
+    def _fault(self, chunk: int, data: memoryview) -> str:
+        """What is wrong with a whole chunk, its header before it; empty: nothing. This is where chunks are checked."""
+        size, header, values = self._size(chunk), bytes(data[: layout.BLOCK]), data[layout.BLOCK :]
         if header != layout.header(chunk, size):
-            self._refuse(number, chunk, _difference(header, chunk, size))
-        if hashlib.sha256(values.data).digest() != self._opened(number).hashes[32 * index : 32 * index + 32]:
-            self._refuse(number, chunk, "its bytes were altered: the SHA-256 is not the recorded one")
-        tokens = values.view(self.manifest.dtype)
-        if (largest := int(tokens.max())) >= self.manifest.vocab_size:
-            self._refuse(number, chunk, f"it holds the id {largest}, and the vocabulary has {self.manifest.vocab_size}")
+            return _difference(header, chunk, size)
+        if hashlib.sha256(values).digest() != self._hash(chunk):
+            return "its bytes were altered: the SHA-256 is not the recorded one"
+        if (largest := int(np.frombuffer(values, self.manifest.dtype).max())) >= self.manifest.vocab_size:
+            return f"it holds the id {largest}, and the vocabulary has {self.manifest.vocab_size}"
+        return ""
+
+    def _keep_verified(self, chunk: int, data: bytes | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        whole = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+        tokens = whole[layout.BLOCK :].view(self.manifest.dtype)
         self._verified[chunk] = 1
         self._cache[chunk] = tokens
         if len(self._cache) > self._keep:
@@ -105,31 +134,45 @@ class Chunks:
         """`size` bytes of a shard, of a chunk and its header, as uint8; see `_read`. Into memory that was used before where
         there is some: the first touch of fresh memory costs more than the reading itself."""
         memory, self._spare = self._spare, None
-        if (
-            memory is None or sys.getrefcount(memory) > 2
-        ):  # it is this variable's and the call's alone, or someone has a view
-            memory = np.empty(
-                layout.BLOCK + (self.manifest.tokens_per_chunk + 1) * self.manifest.dtype.itemsize, np.uint8
-            )
-        data, done, file = memory[:size], 0, self._opened(number).file
+        # Two references: this variable's and the call's. With more, someone has a view.
+        if memory is None or not memory.flags.owndata or sys.getrefcount(memory) > 2:
+            memory = np.empty(self._stride, np.uint8)
+        data, done = memory[:size], 0
+        self._reading = chunk, time.monotonic()
         try:
+            file = self._opened(number).file
             while done < size and (more := os.preadv(file, [data[done:].data], start + done)):
                 done += more
         except OSError as error:
             self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
+        finally:
+            self._reading = None
         if done < size:
             self._refuse(number, chunk, "the file was cut short")
         return data
 
+    def _hash(self, chunk: int) -> bytes:
+        """The recorded SHA-256 of a chunk's data."""
+        number, index = self._place(chunk)
+        return self._opened(number).hashes[32 * index : 32 * index + 32]
+
+    def _part(self, chunk: int, start: int, size: int) -> bytes | None:
+        """`size` bytes of a verified chunk's data from `start` on; None where it must be read whole again."""
+        number, index = self._place(chunk)
+        return self._read(number, chunk, index * self._stride + layout.BLOCK + start, size)
+
     def _read(self, number: int, chunk: int, start: int, size: int) -> bytes:
         """`size` bytes of a shard; what a short read left out is asked for again, until the file's end."""
-        file = self._opened(number).file
+        self._reading = chunk, time.monotonic()
         try:
+            file = self._opened(number).file
             data = os.pread(file, size, start)
             while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
                 data += more
         except OSError as error:
             self._refuse(number, chunk, f"it cannot be read: {error.strerror}")
+        finally:
+            self._reading = None
         if len(data) < size:
             self._refuse(number, chunk, "the file was cut short")
         return data
@@ -152,15 +195,19 @@ class Chunks:
         self._open[number] = _Open(self._open_file(shard.name), hashes)
         return self._open[number]
 
+    def _path(self, name: str) -> Path:
+        assert isinstance(self.manifest.folder, Path), "chunks at an address are RemoteChunks"
+        return self.manifest.folder / name
+
     def _open_file(self, name: str) -> int:
         try:
-            return os.open(self.manifest.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise UserError(f"Cannot open {self.manifest.folder / name}: {error.strerror}.") from error
+            raise UserError(f"Cannot open {self._path(name)}: {error.strerror}.") from error
 
     def _check_file(self, name: str, size: int) -> None:
         """A plain file of the recorded size, not a link to somewhere else."""
-        path = self.manifest.folder / name
+        path = self._path(name)
         try:
             found = os.lstat(path)
         except OSError as error:
@@ -177,7 +224,7 @@ class Chunks:
         try:
             self._check_file(shard.name, shard.bytes)
         except UserError as error:
-            path = self.manifest.folder / shard.name
+            path = self._path(shard.name)
             whole = path.lstat().st_size // self._stride if path.is_file() else 0
             if whole < shard.chunks:
                 raise UserError(f"Chunk {int(self.manifest.first_chunks[number]) + whole}: {error}") from error

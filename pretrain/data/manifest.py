@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from pretrain.data import shards as layout
+from pretrain.data.remote.access import Access, RemoteFolder
+from pretrain.data.remote.addresses import Address
 from pretrain.errors import UserError
 from pretrain.tokenization.base import MAX_BYTES as MAX_TOKENIZER_BYTES
 from pretrain.tokenization.base import Tokenizer
-from pretrain.tokenization.foreign import FILES, load_tokenizer
+from pretrain.tokenization.foreign import FILES, load_tokenizer, open_tokenizer
 
 FORMAT = "pretrain tokens"
 VERSION = 3
@@ -55,9 +57,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A source of tokens in `folder`. `fingerprint` is the SHA-256 of the manifest file."""
+    """A source of tokens in `folder`, here or at an address. `fingerprint` is the SHA-256 of the manifest file."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     fingerprint: str
     dtype: np.dtype[Any]  # little-endian uint16 or uint32
     tokens_per_chunk: int  # without the one look-ahead token
@@ -78,7 +80,7 @@ class Manifest:
         return self.special["eos"]
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> Path | Address:
         return self.folder / self.tokenizer_file
 
     @property
@@ -92,7 +94,11 @@ class Manifest:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the shards. Raises UserError if its ids are not those that the manifest tells of."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        if isinstance(self.folder, RemoteFolder):
+            content = _remote_tokenizer(self, self.folder)
+            tokenizer = open_tokenizer(self.tokenizer_file, content, str(self.tokenizer_path))
+        else:
+            tokenizer = load_tokenizer(self.folder / self.tokenizer_file)
         if (tokenizer.vocab_size, tokenizer.special) != (self.vocab_size, self.special):
             raise UserError(
                 f"{self.folder / NAME} was edited: its vocabulary and special ids are not those of "
@@ -101,14 +107,12 @@ class Manifest:
         return tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """Read and check a source's manifest and its tokenizer's hash. Raises UserError with what is wrong."""
-        folder = Path(folder)
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", str(folder)) and not folder.exists():
-            raise UserError(f"{folder} is no local folder: shards are read from folders, never from commands or URLs.")
-        if not folder.is_dir():
-            raise UserError(f"There is no folder {folder} with prepared shards: make it with `pretrain prepare`.")
-        raw = _read(folder / NAME)
+    def load(cls, folder: str | Path | RemoteFolder) -> Manifest:
+        """Read and check a source's manifest and its tokenizer's hash. The name of a folder may be an address, which is
+        then read with the defaults of `pretrain.config.remote`. Raises UserError with what is wrong."""
+        if not isinstance(folder, RemoteFolder):
+            folder = Access().folder(folder)
+        raw = _read(folder)
         try:
             manifest = _checked(folder, raw)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -124,16 +128,8 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode() + b"\n"
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"The index {path} is missing: this is no folder of prepared shards, or it is incomplete."
-        ) from error
-    except OSError as error:
-        raise UserError(f"Cannot read the index {path}: {error.strerror}.") from error
+def _read(folder: Path | RemoteFolder) -> bytes:
+    raw = folder.index(NAME, MAX_BYTES) if isinstance(folder, RemoteFolder) else _read_file(folder)
     # Bounds before parsing: a manifest has one list and one object a shard, so depth and memory are bounded by
     # counting.
     if (
@@ -142,11 +138,26 @@ def _read(path: Path) -> bytes:
         or raw.count(b"{") > MAX_SHARDS + 3
         or raw.count(b",") > 8 * (MAX_SHARDS + 9)
     ):
-        raise UserError(f"{path} is not a manifest: it is larger than any manifest can be.")
+        raise UserError(f"{folder / NAME} is not a manifest: it is larger than any manifest can be.")
     return raw
 
 
-def _checked(folder: Path, raw: bytes) -> Manifest:
+def _read_file(folder: Path) -> bytes:
+    path = folder / NAME
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} with prepared shards: make it with `pretrain prepare`.")
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"The index {path} is missing: this is no folder of prepared shards, or it is incomplete."
+        ) from error
+    except OSError as error:
+        raise UserError(f"Cannot read the index {path}: {error.strerror}.") from error
+
+
+def _checked(folder: Path | RemoteFolder, raw: bytes) -> Manifest:
     """The manifest of the bytes. Raises ValueError, KeyError or TypeError for whatever is not as it must be."""
     value = json.loads(raw)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -258,8 +269,15 @@ def _hash(value: dict[str, Any], name: str) -> str:
     return text
 
 
+def _remote_tokenizer(manifest: Manifest, folder: RemoteFolder) -> bytes:
+    return folder.file(manifest.fingerprint, manifest.tokenizer_file, manifest.tokenizer_sha256, MAX_TOKENIZER_BYTES)
+
+
 def _check_tokenizer(manifest: Manifest) -> None:
-    path = manifest.tokenizer_path
+    if isinstance(manifest.folder, RemoteFolder):
+        _remote_tokenizer(manifest, manifest.folder)
+        return
+    path = manifest.folder / manifest.tokenizer_file
     try:
         with open(path, "rb") as file:
             found = hashlib.sha256(file.read(MAX_TOKENIZER_BYTES)).hexdigest()

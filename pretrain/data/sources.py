@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from pretrain.config.folder import CONFIG
 from pretrain.config.run import Config
 from pretrain.data.manifest import Manifest
+from pretrain.data.remote.access import Access, RemoteFolder
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples, ExampleStream
@@ -44,12 +46,15 @@ class Sources:
         if config.objective.is_task:
             return cls._of_examples(config)
         data, seed = config.data, config.data_seed
-        for folder in (*data.train_folders, *([data.validation] if data.validation else [])):
+        access = Access(data.cache, data.remote)
+        folders = [access.folder(name) for name in data.train_folders]
+        held_out = [] if data.validation is None else [access.folder(data.validation)]
+        for folder in (*folders, *held_out):
             _check_packing(config, Manifest.load(folder))
-        *earlier, train = _streams(config)
+        *earlier, train = _streams(config, folders)
         validation = None
-        if data.validation is not None:
-            validation = Stream([data.validation], data.seq_length, seed, shuffle=False)
+        if held_out:
+            validation = Stream(held_out, data.seq_length, seed, shuffle=False)
             _check_tokenizers(train, validation)
         tokenizer = train.manifests[0].tokenizer()
         if config.model.initial is not None:
@@ -83,13 +88,13 @@ class Sources:
         return hashlib.sha256(" ".join(recipes).encode()).hexdigest()
 
 
-def _streams(config: Config) -> list[Stream]:
+def _streams(config: Config, folders: Sequence[Path | RemoteFolder]) -> list[Stream]:
     """Of each phase, which begins with its first segment's first sample."""
     data = config.data
     begins = {segment.phase: segment for segment in reversed(list(segments(config)))}
     return [
         Stream(
-            data.train_folders,
+            folders,
             phase.data.seq_length,
             config.data_seed,
             data.lanes,

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pretrain.data.chunks import Chunks
 from pretrain.data.manifest import Manifest, canonical
 from pretrain.data.order import PERIOD, VERSION, Order, Sequential, Source, rank_numbers
 from pretrain.data.prefetch import Prefetch, prefetch
+from pretrain.data.remote.access import RemoteFolder
+from pretrain.data.remote.chunks import RemoteChunks, cache_shortage, open_chunks
 from pretrain.errors import UserError
 
 __all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
@@ -45,7 +46,7 @@ class Stream:
 
     def __init__(
         self,
-        folders: Sequence[str | Path],
+        folders: Sequence[str | Path | RemoteFolder],
         seq_length: int,
         seed: int,
         lanes: int = 256,
@@ -59,7 +60,7 @@ class Stream:
             raise UserError("There is no folder of shards to read.")
         self.manifests = [Manifest.load(folder) for folder in folders]
         _check_same_tokenizer(self.manifests)
-        self.seq_length, self.lanes, self.shuffle = seq_length, lanes, shuffle
+        self.seq_length, self.lanes, self.window, self.shuffle = seq_length, lanes, window, shuffle
         sources = [_source(manifest, seq_length) for manifest in self.manifests]
         self.begin, self.first = begin, begin - -(-tokens // seq_length)  # `first` stands where the order begins
         try:
@@ -78,7 +79,7 @@ class Stream:
             "shuffle": shuffle,
             **({"begin": begin, "first": self.first} if begin else {}),  # of a later phase
         }
-        self._chunks = [Chunks(manifest) for manifest in self.manifests]
+        self._chunks, self._ahead = open_chunks(self.manifests)
         self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
         self._lock = threading.Lock()
         self.row = 0  # of those that `gather` reads, the one that it is at: who waits for it may ask
@@ -98,6 +99,11 @@ class Stream:
         return self.manifests[0].eos
 
     @property
+    def findings(self) -> list[str]:
+        """What is worth a warning, in sentences."""
+        return cache_shortage(self._chunks, self.lanes * self.window) if self.shuffle else []
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the recipe: everything that decides which tokens a sample number has."""
         return hashlib.sha256(canonical(self.recipe)).hexdigest()
@@ -105,18 +111,43 @@ class Stream:
     def read(self, numbers: Integers, also: Also | None = None) -> Integers:
         """Tokens of sample numbers (B,): (B, seq_length + 1) int64; where `also` names further samples for them, theirs
         behind them, (B, 2 (seq_length + 1)). Raises UserError naming a bad shard and chunk."""
-        tokens = self.gather(*self.order.locate(numbers))
+        sources, samples = self.order.locate(numbers)
+        self.expect(sources, samples)
+        tokens = self.gather(sources, samples, numbers)
         return tokens if also is None else np.hstack([tokens, self.read(also(numbers))])
 
-    def gather(self, sources: Integers, samples: Integers) -> Integers:
-        """Tokens of samples (B,) as `order.locate` gives them: (B, seq_length + 1) int64. Raises as `read` does."""
+    def expect(self, sources: Integers, samples: Integers) -> None:
+        """Samples (B,) as `order.locate` gives them that will be read behind those of the last call: what of them is
+        elsewhere is fetched meanwhile."""
+        if self._ahead is None:
+            return
+        chunks, _ = self._place(sources, samples)
+        wanted = dict.fromkeys(zip(sources.tolist(), chunks.tolist(), strict=True))  # in the order of first use
+        self._ahead.expect(
+            (holder, chunk)
+            for source, chunk in wanted
+            if isinstance(holder := self._chunks[source], RemoteChunks) and not holder.is_at_hand(chunk)
+        )
+
+    def gather(self, sources: Integers, samples: Integers, numbers: Integers | None = None) -> Integers:
+        """Tokens of samples (B,) as `order.locate` gives them for `numbers`: (B, seq_length + 1) int64. Raises as `read`
+        does, with the sample's number where numbers are given."""
         rows = np.empty((len(samples), self.seq_length + 1), self.manifests[0].dtype)  # of all, by their one tokenizer
         chunks, firsts = self._place(sources, samples)
         with self._lock:
             places = zip(sources.tolist(), chunks.tolist(), firsts.tolist(), strict=True)
             for self.row, (source, chunk, first) in enumerate(places):
-                rows[self.row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+                try:
+                    rows[self.row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+                except UserError as error:
+                    if numbers is None:
+                        raise
+                    raise UserError(f"{error} (Sample number {numbers[self.row]} is the first to need it.)") from error
         return rows.astype(np.int64)  # at once: row by row it costs a third of the reading
+
+    def stalled(self, seconds: float) -> str:
+        """A sentence where a read has hung for so long, else empty. For another thread than the one that reads."""
+        return next((told for chunks in self._chunks if (told := chunks.stalled(seconds))), "")
 
     def unpadded(self, tokens: Integers) -> Integers:
         """Of tokens that were read, what is the samples' own: all."""
@@ -150,7 +181,9 @@ class Stream:
         }
 
     def close(self) -> None:
-        """Close the open files."""
+        """Close the open files; nothing more is fetched."""
+        if self._ahead is not None:
+            self._ahead.close()
         with self._lock:
             for chunks in self._chunks:
                 chunks.close()

@@ -129,11 +129,23 @@ class ExampleStream:
         return len(self.examples.samples)
 
     @property
+    def findings(self) -> list[str]:
+        """None: those of the examples are told with their file."""
+        return []
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what a sample number is."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
 
-    def gather(self, sources: Array, places: Array) -> Array:
+    def expect(self, sources: Array, places: Array) -> None:
+        """Nothing: all examples are in memory."""
+
+    def stalled(self, seconds: float) -> str:
+        """Nothing: no read can hang."""
+        return ""
+
+    def gather(self, sources: Array, places: Array, numbers: Array | None = None) -> Array:
         """Planes of the samples at `places` (B,)."""
         samples = [self.examples.samples[place] for place in places.tolist()]
         return planes(samples, self.task.num_rows, self.task.form)

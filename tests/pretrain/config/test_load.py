@@ -61,7 +61,8 @@ def test_help_shows_every_field_and_is_yaml_of_the_defaults() -> None:
     assert load(help_config()) == Config()
     shown = yaml.parse(help_config())
     leaves = {f"{section}.{key}" for section, part in shown.items() if isinstance(part, dict) for key in part}
-    leaves |= {f"objective.template.{role}" for role in shown["objective"]["template"]}
+    for section, part in (("objective", "template"), ("data", "cache"), ("data", "remote")):
+        leaves |= {f"{section}.{part}.{name}" for name in shown[section][part]}
     nested = ("model.rope_scaling.", "model.lora.", "batch.ramp.", "data.phases.")  # null by default: shown as comments
     for path, _ in fields(Config):
         if path.startswith(nested):
