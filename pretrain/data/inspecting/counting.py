@@ -51,7 +51,7 @@ def count(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> C
     runs = chosen_runs(manifest)
     whole = runs == [(0, manifest.chunks)]
     counting = _Counting(manifest, Counts(np.zeros(manifest.vocab_size, np.int64), whole))
-    [chunks], ahead = open_chunks([manifest])
+    [chunks], ahead = open_chunks([manifest], cache_bytes=0)  # each is read once
     try:
         for first, last in runs:
             counting.begin(first)
