@@ -151,14 +151,14 @@ def test_a_connection_that_hangs_once_is_given_up_for_another(
 
 
 def test_a_local_read_that_hangs_is_named_after_the_time_limit(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, over, pread = Stream([source], 16, seed=1, shuffle=False), threading.Event(), os.pread
+    stream, over, preadv = Stream([source], 16, seed=1, shuffle=False), threading.Event(), os.preadv
 
-    def hanging(file: int, size: int, start: int) -> bytes:
-        if size > 512 and os.readlink(f"/proc/self/fd/{file}").endswith("shard-00001.tar"):
+    def hanging(file: int, buffers: Any, start: int) -> int:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("shard-00001.tar"):
             over.wait(30)
-        return pread(file, size, start)
+        return preadv(file, buffers, start)
 
-    monkeypatch.setattr(os, "pread", hanging)
+    monkeypatch.setattr(os, "preadv", hanging)
     batches = prefetch(stream, ((4 * step, 4) for step in range(10)), 0, 1, timeout=1.0)
     try:
         for _ in range(4):
