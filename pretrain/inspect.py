@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pretrain.config.folder import CONFIG
 from pretrain.data import manifest as manifests
+from pretrain.data.remote.addresses import parse_address
 from pretrain.errors import UserError
 from pretrain.finetuning.opening import run_labels, task_of
 from pretrain.metrics import read_metrics
@@ -29,9 +30,13 @@ def main(args: Namespace) -> int:
     Raises UserError where it is none of them."""
     from pretrain.data.inspecting import command
 
-    path = Path(args.path)
+    path: Path | str = args.path if parse_address(args.path) else Path(args.path)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    if (path / manifests.NAME).is_file() or (path.is_file() and path.suffix in (".yaml", ".yml")):
+    if (
+        isinstance(path, str)
+        or (path / manifests.NAME).is_file()
+        or (path.is_file() and path.suffix in (".yaml", ".yml"))
+    ):
         return command.main(path, args, console)
     if (path / CONFIG).is_file():
         for name in OF_DATA:

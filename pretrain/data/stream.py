@@ -156,13 +156,14 @@ class Stream:
         chunks, firsts = self._place(sources, samples)
         with self._lock:
             places = zip(sources.tolist(), chunks.tolist(), firsts.tolist(), strict=True)
-            try:
-                for self.row, (source, chunk, first) in enumerate(places):
-                    rows[self.row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
-            except UserError as error:
-                if numbers is None:
-                    raise
-                raise UserError(f"{error} (Sample number {numbers[self.row]} is the first to need it.)") from error
+            for row, (source, chunk, first) in enumerate(places):
+                self.row = row  # to be looked at; another thread that begins to read may set it as well
+                try:
+                    rows[row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+                except UserError as error:
+                    if numbers is None:
+                        raise
+                    raise UserError(f"{error} (Sample number {numbers[row]} is the first to need it.)") from error
         return rows.astype(np.int64)  # at once: row by row it costs a third of the reading
 
     def unpadded(self, tokens: Integers) -> Integers:

@@ -18,7 +18,7 @@ from pretrain.config.run import Config
 from pretrain.data.inspecting.samples import Row, Speller, legend, plain_row, tell_row
 from pretrain.data.inspecting.telling import bar, tell_source
 from pretrain.data.inspecting.verifying import verify
-from pretrain.data.manifest import NAME, Manifest
+from pretrain.data.manifest import Manifest
 from pretrain.data.stream import Stream
 from pretrain.errors import UserError
 from pretrain.printable import printable
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SEQ_LENGTH, SEED = 256, 1  # of samples without a config
 
 
-def main(path: Path, args: Namespace, console: Console) -> int:
-    """path: a folder of shards, or a config file. Returns 1 where shards are not what they should be."""
+def main(path: Path | str, args: Namespace, console: Console) -> int:
+    """path: a folder of shards, its address, or a config file. Returns 1 where shards are not what they should be."""
     _check(path, args)
     config = _config(path, args)
     if args.verify:
@@ -47,15 +47,19 @@ def main(path: Path, args: Namespace, console: Console) -> int:
     return 0
 
 
-def _check(path: Path, args: Namespace) -> None:
+def is_config(path: Path | str) -> bool:
+    return isinstance(path, Path) and path.is_file()
+
+
+def _check(path: Path | str, args: Namespace) -> None:
     """Raises UserError where options do not go together."""
-    configured = args.config is not None or path.is_file()
+    configured = args.config is not None or is_config(path)
     for name in ("seq_length", "seed"):
         option = f"--{name.replace('_', '-')}"
         if getattr(args, name) is not None and (configured or not args.sample):
             why = "the config says it" if configured else "it is of --sample"
             raise UserError(f"{option}: has no effect here: {why}; leave it out")
-    if args.config is not None and path.is_file():
+    if args.config is not None and is_config(path):
         raise UserError(f"--config: {path} is a config itself; name a folder of shards, or leave --config out")
     if args.config is not None and not args.sample:
         raise UserError("--config: is of --sample; or name the config file alone, which tells of its own data")
@@ -65,9 +69,9 @@ def _check(path: Path, args: Namespace) -> None:
         raise UserError(f"--sample {min(args.sample)}: sample numbers begin at 0")
 
 
-def _config(path: Path, args: Namespace) -> Config | None:
+def _config(path: Path | str, args: Namespace) -> Config | None:
     """Of --config, with the folder of shards in the place of its data; or of the path itself."""
-    if path.is_file():
+    if is_config(path):
         config = load_config(path)
     elif args.config is None:
         return None
@@ -81,17 +85,17 @@ def _config(path: Path, args: Namespace) -> Config | None:
     return config
 
 
-def _folders(path: Path, config: Config | None) -> list[Path]:
-    if config is None or (path / NAME).is_file():
+def _folders(path: Path | str, config: Config | None) -> list[Path | str]:
+    if config is None or not is_config(path):
         return [path]
     held_out = [] if config.data.validation is None else [config.data.validation]
-    return [Path(folder) for folder in (*config.data.train_folders, *held_out, *config.data.held_out.values())]
+    return [*config.data.train_folders, *held_out, *config.data.held_out.values()]
 
 
 # -- all of it -------------------------------------------------------------------------------------------------------
 
 
-def _verify(folders: Sequence[Path], as_json: bool, console: Console) -> int:
+def _verify(folders: Sequence[Path | str], as_json: bool, console: Console) -> int:
     """Name what is wrong, as it is found."""
     problems: list[str] = []
     for folder in folders:
@@ -131,7 +135,7 @@ def _sources(config: Config, as_json: bool, console: Console) -> dict[str, Any]:
 # -- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _samples(path: Path, config: Config | None, args: Namespace, console: Console) -> Iterator[dict[str, Any]]:
+def _samples(path: Path | str, config: Config | None, args: Namespace, console: Console) -> Iterator[dict[str, Any]]:
     if config is None:
         packed, seed = Manifest.load(path).packing.row, SEED if args.seed is None else args.seed
         length = args.seq_length or (packed if packed > 1 else SEQ_LENGTH)
@@ -140,7 +144,7 @@ def _samples(path: Path, config: Config | None, args: Namespace, console: Consol
             names = {index: f"[{role.upper()}]" for role, index in tokenizer.special.items()}
             for number in args.sample:
                 tokens = stream.read(np.array([number], np.int64))[0, :-1]
-                row = plain_row(tokens, stream.eos, stream.manifests[0].pairs is not None)
+                row = plain_row(tokens, stream.eos, packed > 1)
                 yield _sample(stream, number, seed, [row], Speller(tokenizer, names), args.json, console)
         return
     from pretrain.data.inspecting.seen import names_of, rows_of, stream_of

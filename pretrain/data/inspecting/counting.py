@@ -18,9 +18,9 @@ import numpy as np
 import xxhash
 
 from pretrain.data import shards as layout
-from pretrain.data.chunks import Chunks
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import permute
+from pretrain.data.remote.chunks import open_chunks
 
 EXACT_TOKENS = 1 << 25  # up to here all are counted: seconds
 RUNS, RUN_TOKENS = 16, 1 << 21  # else so many runs of so many tokens, as many together
@@ -51,7 +51,7 @@ def count(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> C
     runs = chosen_runs(manifest)
     whole = runs == [(0, manifest.chunks)]
     counting = _Counting(manifest, Counts(np.zeros(manifest.vocab_size, np.int64), whole))
-    chunks = Chunks(manifest, cache_bytes=0)  # each is read once
+    [chunks], ahead = open_chunks([manifest], cache_bytes=0)  # each is read once
     try:
         for first, last in runs:
             counting.begin(first)
@@ -62,6 +62,8 @@ def count(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> C
             counting.end()
     finally:
         chunks.close()
+        if ahead is not None:
+            ahead.close()
     return counting.finish()
 
 

@@ -41,7 +41,7 @@ def rows_of(config: Config, sources: Sources, number: int) -> list[Row]:
     numbers = np.array([number], np.int64)
     tokens = stream.read(numbers, objective.also)
     batch = objective(torch.from_numpy(numbers), torch.from_numpy(tokens))
-    return rows_of_batch(batch, sources.vocabulary, packed=stream.manifests[0].pairs is not None)
+    return rows_of_batch(batch, sources.vocabulary, packed=stream.manifests[0].packing.row > 1)
 
 
 def rows_of_batch(batch: TextBatch, vocabulary: Vocabulary, packed: bool) -> list[Row]:

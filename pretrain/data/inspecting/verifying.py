@@ -6,23 +6,32 @@ that one pass names all of it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
+from pretrain.config.remote import CacheConfig
 from pretrain.data import shards as layout
 from pretrain.data.chunks import MEND, fault
 from pretrain.data.manifest import Manifest, Shard
+from pretrain.data.remote.access import Access, RemoteFolder
+from pretrain.data.remote.chunks import open_chunks
 from pretrain.errors import UserError
 
+CACHE = "512 MiB"  # on disk, while chunks at an address are verified
 PART = 1 << 16  # bytes of what is behind the last chunk, read at a time
 
 
 def verify(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> Iterator[str]:
     """What is wrong with the shards, a sentence each. tell: is given the bytes that were read since."""
+    if isinstance(manifest.folder, RemoteFolder):
+        yield from _elsewhere(manifest, manifest.folder, tell)
+        return
     for number, shard in enumerate(manifest.shards):
         try:
             hashes = _sidecar(manifest, shard)
@@ -32,8 +41,26 @@ def verify(manifest: Manifest, tell: Callable[[int], None] = lambda _: None) -> 
             yield str(error)
 
 
+def _elsewhere(manifest: Manifest, source: RemoteFolder, tell: Callable[[int], None]) -> Iterator[str]:
+    """Of a source at an address: every chunk as it is there now, so past the node's cache, which may hold it as it was. A
+    shard's own SHA-256 would need it fetched whole."""
+    with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+        access = Access(CacheConfig(dir=cache, size=CACHE), source.access.config)
+        [chunks], ahead = open_chunks([dataclasses.replace(manifest, folder=access.folder(str(source)))])
+        try:
+            for chunk in range(manifest.chunks):
+                try:
+                    tell(chunks.tokens(chunk, 0, layout.chunk_values(chunk, manifest)).nbytes)
+                except UserError as error:
+                    yield str(error)
+        finally:
+            chunks.close()
+            if ahead is not None:
+                ahead.close()
+
+
 def _of_shard(
-    manifest: Manifest, number: int, file: BinaryIO, hashes: bytes, tell: Callable[[int], None]
+    manifest: Manifest, number: int, file: IO[bytes], hashes: bytes, tell: Callable[[int], None]
 ) -> Iterator[str]:
     shard, first = manifest.shards[number], int(manifest.first_chunks[number])
     path, whole = manifest.folder / shard.name, hashlib.sha256()
@@ -52,7 +79,7 @@ def _of_shard(
         yield f"{path}: its SHA-256 is {whole.hexdigest()[:16]}, and the manifest's {shard.sha256[:16]}."
 
 
-def _read(file: BinaryIO, manifest: Manifest, shard: Shard, size: int) -> bytes:
+def _read(file: IO[bytes], manifest: Manifest, shard: Shard, size: int) -> bytes:
     try:
         return file.read(size)
     except OSError as error:
@@ -68,15 +95,12 @@ def _sidecar(manifest: Manifest, shard: Shard) -> bytes:
     return hashes
 
 
-def _open(manifest: Manifest, name: str, size: int) -> BinaryIO:
+def _open(manifest: Manifest, name: str, size: int) -> IO[bytes]:
     """A plain file of the recorded size, not a link to somewhere else. Raises UserError where it is none."""
-    if not isinstance(manifest.folder, Path):
-        raise UserError(
-            f"{manifest.folder}: --verify reads folders of this machine; a run checks each chunk as it comes."
-        )
+    assert isinstance(manifest.folder, Path)
     path = manifest.folder / name
     try:
-        file: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
         raise UserError(f"{path} is missing or unreadable: {error.strerror}. {MEND}") from error
     found = os.fstat(file.fileno())

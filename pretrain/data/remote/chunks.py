@@ -143,16 +143,16 @@ def cache_shortage(sources: Sequence[Chunks], open_chunks: int) -> list[str]:
     ]
 
 
-def open_chunks(manifests: Sequence[Manifest]) -> tuple[list[Chunks], Ahead | None]:
+def open_chunks(manifests: Sequence[Manifest], cache_bytes: int = CACHE_BYTES) -> tuple[list[Chunks], Ahead | None]:
     """The chunks of each source, and what fetches ahead those of remote ones (None where all are local). Raises UserError."""
     folders = [manifest.folder for manifest in manifests if isinstance(manifest.folder, RemoteFolder)]
     if not folders:
-        return [Chunks(manifest) for manifest in manifests], None
+        return [Chunks(manifest, cache_bytes) for manifest in manifests], None
     access = folders[0].access
     ahead = Ahead(access.config.in_flight, min(AHEAD_BYTES, access.cache.size // AHEAD_SHARE))
     return [
-        RemoteChunks(manifest, manifest.folder, ahead)
+        RemoteChunks(manifest, manifest.folder, ahead, cache_bytes)
         if isinstance(manifest.folder, RemoteFolder)
-        else Chunks(manifest)
+        else Chunks(manifest, cache_bytes)
         for manifest in manifests
     ], ahead

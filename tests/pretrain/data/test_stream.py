@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.data.chunks import Chunks
 from pretrain.data.order import rank_numbers
 from pretrain.data.stream import Stream, batch_hash
 from pretrain.errors import UserError
@@ -207,3 +208,17 @@ def test_no_folder_and_impossible_weights_are_refused(source: Path) -> None:
         Stream([], 16, seed=1)
     with pytest.raises(UserError, match="one positive number for each source"):
         Stream([source, source], 16, seed=1, weights=[1.0])
+
+
+def test_another_thread_that_begins_to_read_moves_no_row(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`row` is for others to look at; where a thread waits for the other's read it may be set in the middle of this one."""
+    stream = Stream([source], 16, seed=1, lanes=8)
+    expected = stream.read(np.arange(12))
+    tokens = Chunks.tokens
+
+    def disturbed(self: Chunks, chunk: int, first: int, count: int) -> np.ndarray:
+        stream.row = 0
+        return tokens(self, chunk, first, count)
+
+    monkeypatch.setattr(Chunks, "tokens", disturbed)
+    assert np.array_equal(stream.read(np.arange(12)), expected)
