@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> Encoded:
     """Encode a batch, and decode it again to see whether the text comes back; documents that came as tokens keep these."""
     texts = [document for document in documents if document.tokens is None]
-    rows = [tokenizer.encode(document.text) for document in texts]
+    rows = [tokenizer.encode_array(document.text) for document in texts]
     again = tokenizer.decode_many(rows)
     altered = [document.name for document, text in zip(texts, again, strict=True) if text != document.text]
     dtype, found = dtype_of(tokenizer.vocab_size), iter(rows)

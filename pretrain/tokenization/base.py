@@ -96,9 +96,13 @@ class Tokenizer(ABC):
             raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}")
         return self._decode(ids)
 
-    def decode_many(self, rows: list[list[int]]) -> list[str]:
-        """Text of each of several rows of ids that this tokenizer gave: they are not checked."""
-        return [self._decode(row) for row in rows]
+    def encode_array(self, text: str) -> Array:
+        """The ids of `encode`, (P,) int32."""
+        return np.array(self.encode(text), np.int32)
+
+    def decode_many(self, rows: list[Array]) -> list[str]:
+        """Text of each of several rows (P,) of ids that this tokenizer gave: they are not checked."""
+        return [self._decode(row.tolist()) for row in rows]
 
     @abstractmethod
     def piece(self, index: int) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import sentencepiece
 
 from pretrain.errors import UserError
-from pretrain.tokenization.base import Offsets, Tokenizer, by_role, joints_of
+from pretrain.tokenization.base import SEGMENT, Array, Offsets, Tokenizer, by_role, cut, joints_of
 
 SPACE = "\u2581"  # as SentencePiece writes a space
 CONTROLS = {"mask": ("<mask>", "[MASK]"), "cls": ("<cls>", "[CLS]"), "sep": ("<sep>", "[SEP]")}
@@ -72,9 +73,16 @@ class Pieces(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
-    def decode_many(self, rows: list[list[int]]) -> list[str]:
-        """In one call: two thirds of the time of a call for each."""
-        return self._processor.decode(rows, num_threads=1) if all(rows) and rows else super().decode_many(rows)
+    def encode_array(self, text: str) -> Array:
+        """Without a Python object for each id, which would take a sixth of the time."""
+        parts = [self._processor.encode(part, return_type="numpy") for part in cut(text, SEGMENT)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def decode_many(self, rows: list[Array]) -> list[str]:
+        """In one call: half of the time of a call for each with its ids as a list."""
+        if not rows or not all(map(len, rows)):  # SentencePiece takes the first row's kind for that of all
+            return super().decode_many(rows)
+        return self._processor.decode(rows, num_threads=1)  # type: ignore[arg-type]  # which takes arrays, untold
 
     def _joints(self, index: int) -> tuple[bool, bool]:
         if self._processor.IsControl(index):

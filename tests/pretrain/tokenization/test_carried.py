@@ -43,7 +43,7 @@ def test_shards_and_run_hold_one_file_of_the_tokenizer(foreign: Path, shards: Pa
         assert (folder / "tokenizer.json").read_bytes() == content
         assert not (folder / "tokenizer.model").exists()
     manifest = json.loads((shards / "train" / "manifest.json").read_bytes())
-    assert manifest["tokenizer"]["file"] == "tokenizer.json" and manifest["version"] == 3
+    assert manifest["tokenizer"]["file"] == "tokenizer.json" and manifest["version"] == 4
 
 
 def test_several_processes_encode_as_one(foreign: Path, shards: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain.errors import UserError
 from pretrain.tokenization import base as module
+from pretrain.tokenization import pieces
 from pretrain.tokenization.base import Tokenizer, cut
 from pretrain.tokenization.foreign import load_tokenizer
 from pretrain.tokenization.pieces import Pieces
@@ -209,3 +210,16 @@ def test_a_model_of_pieces_that_are_no_utf8_is_refused(bpe: Tokenizer, tmp_path:
     path.write_bytes(bpe.content[:place] + b"<m\xff\xfek>" + bpe.content[place + 6 :])
     with pytest.raises(UserError, match=f"{path} is not a SentencePiece model"):
         load_tokenizer(path)
+
+
+def test_ids_as_arrays_are_those_of_lists_and_decode_to_the_same(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*TEXTS, "a\u2581b", "", "line\n" * 90]
+    for segment in (module.SEGMENT, 100):
+        monkeypatch.setattr(module, "SEGMENT", segment)
+        monkeypatch.setattr(pieces, "SEGMENT", segment)
+        rows = [tokenizer.encode_array(text) for text in texts]
+        assert [row.tolist() for row in rows] == [tokenizer.encode(text) for text in texts]
+        for some in (rows, [row for row in rows if len(row)], []):
+            assert tokenizer.decode_many(some) == [tokenizer.decode(row.tolist()) for row in some]
