@@ -98,7 +98,9 @@ class Opener:
     def _redirected(self, first: str, url: str) -> str:
         parts = urlsplit(url)
         if parts.scheme != urlsplit(first).scheme:
-            raise UserError(f"{first}: redirects to another scheme, {url!r:.200}; name that address itself if it is meant.")
+            raise UserError(
+                f"{first}: redirects to another scheme, {url!r:.200}; name that address itself if it is meant."
+            )
         if "@" in parts.netloc or not parts.hostname:
             raise UserError(f"{first}: redirects to {url!r:.200}, which is no plain address.")
         return url
