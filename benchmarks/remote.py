@@ -40,15 +40,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 import fsspec
 import numpy as np
+import synthetic
 
 from pretrain.config.remote import CacheConfig, RemoteConfig
 from pretrain.data.prefetch import prefetch
-from pretrain.data.prepare import Part, _finish_part
 from pretrain.data.remote.access import Access
-from pretrain.data.shards import TOKENS_PER_CHUNK, ShardWriter
+from pretrain.data.shards import TOKENS_PER_CHUNK
 from pretrain.data.stream import Stream
-from pretrain.tokenization.foreign import load_tokenizer
-from pretrain.tokenization.training import train_tokenizer
 
 VARIANTS = ("stream", "ranges", "local")
 LENGTH, BATCH = 2048, 64
@@ -60,7 +58,7 @@ def main() -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name, _server(Path(name)) as (url, ask):
         folder = Path(name) / "source"
-        _write(folder, args.chunks)
+        synthetic.make(folder, args.chunks * TOKENS_PER_CHUNK)
         rounds = [_round(turn, folder, f"{url}/source", args) for turn in range(-1, args.rounds)][1:]
         sent = _sent_a_chunk(folder, f"{url}/source", ask)
         waits = _waits(f"{url}/source", Path(name), args)
@@ -86,16 +84,6 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=float, default=0.05, help="seconds that the loop takes a batch (default: 0.05)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     return parser
-
-
-def _write(folder: Path, chunks: int) -> None:
-    model = folder.parent / "tokenizer.model"
-    train_tokenizer(["the quick brown fox jumps over the lazy dog\n" * 50], 300, out=model, max_bytes=20_000)
-    tokenizer = load_tokenizer(model)
-    writer = ShardWriter(folder, np.dtype("<u2"), TOKENS_PER_CHUNK, 16)
-    count = chunks * TOKENS_PER_CHUNK + 1
-    writer.add((np.arange(count, dtype=np.int64) * 48271 % tokenizer.vocab_size).astype("<u2"))
-    _finish_part(folder, Part(1, count, count), tokenizer, writer)
 
 
 # -- a round ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.manifest import NAME, Manifest, Shard, canonical, describe
-from pretrain.data.shards import CHUNKS_PER_SHARD, TOKENS_PER_CHUNK, ShardWriter, dtype_of
+from pretrain.data.manifest import Manifest
+from pretrain.data.packing import CONCATENATED
+from pretrain.data.preparing.merge import write_manifest
+from pretrain.data.preparing.options import Part
+from pretrain.data.shards import CHUNKS_PER_SHARD, TOKENS_PER_CHUNK, Entry, ShardWriter, dtype_of
 from pretrain.tokenization.base import Tokenizer
 from pretrain.tokenization.foreign import load_tokenizer
 from pretrain.tokenization.training import train_tokenizer
@@ -29,7 +31,10 @@ def make(folder: Path, tokens: int) -> Manifest:
         made = (ids * 48271 + ids // 127) % tokenizer.vocab_size
         made[DOCUMENT - 1 :: DOCUMENT] = tokenizer.eos
         writer.add(made.astype(dtype))
-    _finish(folder, tokenizer, chunks * TOKENS_PER_CHUNK + rest, writer)
+    tokens = chunks * TOKENS_PER_CHUNK + rest
+    entries = [Entry(**entry) for entry in writer.finish()]
+    part = Part(documents=tokens // DOCUMENT + 1, tokens=tokens, text_bytes=4 * tokens)
+    write_manifest(folder, part, tokenizer, entries, TOKENS_PER_CHUNK, CONCATENATED)
     return Manifest.load(folder)
 
 
@@ -38,29 +43,3 @@ def _tokenizer(folder: Path) -> Tokenizer:
     if not path.exists():
         train_tokenizer([Path(__file__).read_text()], 512, out=path)
     return load_tokenizer(path)
-
-
-def _finish(folder: Path, tokenizer: Tokenizer, tokens: int, writer: ShardWriter) -> None:
-    entries = writer.finish()
-    left = tokens
-    shards = []
-    for entry in entries:
-        own = min(entry["chunks"] * TOKENS_PER_CHUNK, left) if entry is not entries[-1] else left
-        left -= own
-        shards.append(Shard(**{**entry, "tokens": own}))
-    (folder / tokenizer.file).write_bytes(tokenizer.content)
-    manifest = Manifest(
-        folder=folder,
-        fingerprint="",
-        dtype=dtype_of(tokenizer.vocab_size),
-        tokens_per_chunk=TOKENS_PER_CHUNK,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_file=tokenizer.file,
-        tokenizer_sha256=hashlib.sha256(tokenizer.content).hexdigest(),
-        special=dict(tokenizer.special),
-        documents=tokens // DOCUMENT + 1,
-        tokens=tokens,
-        text_bytes=4 * tokens,
-        shards=tuple(shards),
-    )
-    (folder / NAME).write_bytes(canonical(describe(manifest)))
