@@ -308,7 +308,7 @@ def test_rows_are_read_whole_and_at_no_other_length(prepared: Path) -> None:
     eos, decode = stream.eos, stream.manifests[0].tokenizer().decode
     for number, row in enumerate(found[:8, :-1].tolist()):
         texts = [decode(part) for part in _parts(row, eos, kind)]
-        assert [text for text in stream.explain(number)["documents"]] == texts, "filler is no document"
+        assert stream.explain(number)["documents"] == texts, "filler is no document"
     stream.close()
     for length in (32, 128):
         with pytest.raises(UserError) as error:
