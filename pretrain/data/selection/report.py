@@ -118,8 +118,8 @@ def _histograms(rules: Sequence[Rule], counts: Sequence[Sequence[int]]) -> Itera
     if not drawn:
         return
     yield "<h2>What the rules measured</h2>\n<p>Of the documents that came as far as the rule, exact copies included; the height "
-    yield "is the square root of the number, so that few are seen beside many. Red: dropped by this rule, the line its "
-    yield 'threshold. Both ends hold what lies beyond.</p>\n<div class="charts">\n'
+    yield "is the square root of the number, so that few are seen beside many. Red lies beyond the "
+    yield 'threshold, which is the line; the outer bars hold what the axis does not.</p>\n<div class="charts">\n'
     for rule, row in drawn:
         yield f"<figure>{histogram(rule, row)}<figcaption>{escaped(rule.name)}</figcaption></figure>\n"
     yield "</div>\n"
