@@ -62,10 +62,11 @@ def _number(field: bytes) -> int:
     """A field's number: octal digits, or base 256 where the first bit is set."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]*", digits):
+    # No digits behind a zero byte, as readers differ in what such a number is.
+    found = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
+    if found is None:
         raise Damaged("a tar header with a number that is none")
-    return int(digits or b"0", 8)
+    return int(found[1] or b"0", 8)
 
 
 def is_harmless(pax: bytes) -> bool:
