@@ -4,6 +4,7 @@ processes that encode the piece read."""
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -48,7 +49,7 @@ def fates_path(out: Path, piece: int) -> Path:
 
 def write_fates(path: Path, parts: Iterator[Fates]) -> None:
     """One file of all parts, there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with open(draft, "wb") as file:
         for part in parts:
             file.write(part.rows.tobytes())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class SignatureWriter:
     def __init__(self, path: Path, fingerprint: str, near: Near | None) -> None:
         self.path, self.fingerprint = path, fingerprint
         self.bands, self.permutations = (near.bands, near.permutations) if near else (0, 0)
-        self._draft = path.with_name(f".{path.name}.{os.getpid()}")
+        self._draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         self._file = open(self._draft, "wb")  # noqa: SIM115 - closed by __exit__
         self._waiting: list[Signatures] = []
         self._count = self._documents = 0

@@ -7,6 +7,7 @@ than was given, whatever keys are equal.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def rows_up_to(records: Records, bound: Records) -> int:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under another name, then rename it: it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with open(draft, "wb") as file:
         file.write(data)
         file.flush()
