@@ -21,8 +21,12 @@ from pretrain.config.folder import CHECKPOINTS
 from pretrain.errors import UserError
 from pretrain.storage import Entry
 
-FORMAT = 2  # 1: without SINCE_2
-SINCE_2 = ("losses", "loss_mean", "loss_distance", "skipped", "rewinds")  # of the state
+FORMAT = 3
+SINCE = {
+    2: ("losses", "loss_mean", "loss_distance", "skipped", "rewinds"),
+    3: ("passed", "passed_samples"),
+}  # of the state
+PAIRS = ("skipped", "passed")
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30  # bytes; a larger one is not ours
 _SAFE_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
@@ -45,6 +49,8 @@ class State:
     loss_distance: float = 0.0
     skipped: tuple[tuple[int, int], ...] = ()  # ranges of sample numbers, [first, end), that were passed over
     rewinds: int = 0  # times that the run was sent back
+    passed: tuple[tuple[int, int], ...] = ()  # (source, chunk) that could not be had, and are read no more
+    passed_samples: int = 0  # that were in these so far
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,8 @@ def _sha256(path: Path) -> str:
 
 
 def _parse(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
-    if manifest["format"] not in (1, FORMAT):
-        raise UserError(f"{folder}: format {manifest['format']!r:.60}; this version reads formats 1 and {FORMAT}")
+    if manifest["format"] not in range(1, FORMAT + 1):
+        raise UserError(f"{folder}: format {manifest['format']!r:.60}; this version reads formats 1 to {FORMAT}")
     state, files, about = _state(manifest["state"], manifest["format"]), _files(manifest["files"]), manifest["about"]
     if folder.name != folder_of(folder, state.step).name:
         raise ValueError(f"it is the checkpoint of step {state.step}")
@@ -137,20 +143,23 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
 
 
 def _state(values: dict[str, Any], number: int) -> State:
+    later = [name for since, names in SINCE.items() if number < since for name in names]
     for part in fields(State):
-        if number == 1 and part.name in SINCE_2:
+        if part.name in later:
             continue
         value, optional = values[part.name], part.default is None
         if not _is_of_state(part.name, value) and not (optional and value is None):
             raise ValueError(f"state.{part.name} is {value!r:.60}")
-    return State(**{**values, "skipped": tuple((first, end) for first, end in values.get("skipped", ()))})
+    pairs = {name: tuple((one, other) for one, other in values.get(name, ())) for name in PAIRS}
+    return State(**{**values, **pairs})
 
 
 def _is_of_state(name: str, value: Any) -> bool:
-    if name == "skipped":
+    if name in PAIRS:
         numbers = [0, *(number for pair in value for number in pair)] if isinstance(value, list) else [-1]
         whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        return whole and len(numbers) == 2 * len(value) + 1 and numbers == sorted(numbers)
+        ordered = numbers == sorted(numbers) if name == "skipped" else value == sorted(value)
+        return whole and len(numbers) == 2 * len(value) + 1 and all(len(pair) == 2 for pair in value) and ordered
     if name in ("best_loss", "loss_mean", "loss_distance"):
         return type(value) is float
     return type(value) is int and 0 <= value < 2**63

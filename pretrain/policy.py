@@ -50,4 +50,5 @@ class Policy:
     def sent_back(self, to: State, at: State) -> State:
         """Of a run that goes back from one state to another, past the samples that it had taken since."""
         skipped = passing(to.skipped, to.samples, at.samples)
-        return dataclasses.replace(to, samples=at.samples, skipped=skipped, rewinds=at.rewinds + 1)
+        gone = dataclasses.replace(to, passed=at.passed, passed_samples=at.passed_samples)
+        return dataclasses.replace(gone, samples=at.samples, skipped=skipped, rewinds=at.rewinds + 1)

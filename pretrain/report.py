@@ -65,8 +65,8 @@ class Silent:
 
     def warn(self, text: str) -> None: ...
 
-    def spike(self, step: int, words: str, facts: dict[str, Any]) -> None:
-        """The policy of `run.on_spike` has left a step out; facts: for metrics."""
+    def left_out(self, step: int, words: str, facts: dict[str, Any]) -> None:
+        """A policy has left something out, a step or data that cannot be had; facts: for metrics."""
 
     def back(self, state: State, words: str, facts: dict[str, Any]) -> None:
         """It has sent the run back to `state`: what was reported beyond is taken back."""
@@ -161,11 +161,12 @@ class Reporter(Silent):
             make = functools.partial(Board, self.config, parameters=self.facts.parameters)
             self.board = Lasting(make, state.step, self.warn, "TensorBoard")
 
-    def spike(self, step: int, words: str, facts: dict[str, Any]) -> None:
+    def left_out(self, step: int, words: str, facts: dict[str, Any]) -> None:
         assert self.metrics is not None
         self.warn(f"step {step:,}: {words}")
         self.metrics.write({"step": step, **facts})
-        self.event("rewind" if facts["event"] == "rewind" else "spike", step, f"step {step:,}: {words}")
+        kinds = {"rewind": "rewind", "pass": "skip"}
+        self.event(kinds.get(facts["event"], "spike"), step, f"step {step:,}: {words}")
 
     def back(self, state: State, words: str, facts: dict[str, Any]) -> None:
         assert self.metrics is not None
@@ -176,7 +177,7 @@ class Reporter(Silent):
         self.terminal.set_back(state.step)
         self.rates.warm = False
         self.rates.clear()
-        self.spike(state.step, words, {**facts, "rewinds": state.rewinds})
+        self.left_out(state.step, words, {**facts, "rewinds": state.rewinds})
 
     def _introduction(self, state: State) -> Iterator[str]:
         config, facts, device = self.config, self.facts, self.grid.device

@@ -33,6 +33,7 @@ from pretrain.keeping import Keeper
 from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.filler import count_filler
+from pretrain.passing import Passing
 from pretrain.policy import Policy
 from pretrain.profile import Profiler
 from pretrain.report import Silent
@@ -107,6 +108,7 @@ class Run:
         self.counted = self.state  # the state when `updates` and `bad_steps` were last read back
         self.stragglers = Stragglers(grid, config.monitor.straggler_factor)
         self.policy, self.is_back = Policy(config), False
+        self.passing = Passing(sources, grid)
         self.spike: str | None = None  # of this step, in words
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=grid.device)  # in a row, up to the last step
 
@@ -122,6 +124,7 @@ class Run:
         """The steps from here to the phase's end, or until the run goes back; one prefetch thread reads ahead."""
         phase = self.plan.phase(self.state.step)
         end = self.plan.end_of(phase)
+        self.sources.pass_over(self.state.passed)
         source = prefetch(
             self.sources.stream(phase, self.state.skipped),
             self.plan.steps_from(self.state.step, end, self.state.skipped),
@@ -152,12 +155,17 @@ class Run:
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         own = rows[1][:, : self.plan.seq_length(self.state.step)]
         filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
+        passing = self.passing.counts(self.state, own)
         self.heartbeat.mark(self.state.step + 1, "count of targets")
         asked, keeper = self.interrupt.asked, self.keeper
         told = self.grid.total_on_host(
-            *counted.numpy().tolist(), filled, asked, keeper.failed, keeper.tries_again, self.profile.asked()
+            *counted.numpy().tolist(),
+            *(filled, *passing),
+            *(asked, keeper.failed, keeper.tries_again, self.profile.asked()),
         )
-        *targets, filler, stop, failed, again, profile = told
+        *targets, filler, passed, unknown, stop, failed, again, profile = told
+        if passed or unknown:
+            self.state = self.passing.settle(self.state, int(passed), self.reporter)
         if failed:
             keeper.finish(self.reporter)
         if profile:
@@ -239,7 +247,7 @@ class Run:
                 return True
         if spike is not None:
             facts = {"event": "skip", "spike": spike}
-            self.reporter.spike(self.state.step, f"{spike}; the step is skipped", facts)
+            self.reporter.left_out(self.state.step, f"{spike}; the step is skipped", facts)
         return False
 
     def go_back(self, found: checkpoint.Checkpoint, why: str) -> None:
@@ -286,6 +294,7 @@ class Run:
             step=self.state.step,
             **({} if self.sources.task else {"tokens": self.plan.tokens_before(self.state.step)}),
             samples=self.state.samples,
+            **({"passed_samples": self.state.passed_samples} if self.state.passed else {}),
             **self.sources.seen(self.state.step, self.state.skipped),
             **({} if len(self.plan.phases) == 1 else {"seq_length": self.plan.seq_length(self.before.step)}),
             loss=sum(losses.values()),

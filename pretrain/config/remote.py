@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from parallel.layout import Problem
 from pretrain.config.section import Section, meaning
@@ -46,6 +47,11 @@ class RemoteConfig(Section):
     )
     retries: int = meaning(3, "further tries of a read that failed, was cut short or gave wrong bytes", ge=0, le=20)
     backoff_seconds: float = meaning(0.5, "before the first further try; doubles with each", ge=0)
+    on_missing: Literal["stop", "pass"] = meaning(
+        "stop",
+        "where a chunk of training data cannot be had after all tries: stop, or pass over its samples, which then count "
+        "nothing; metrics and checkpoints name it",
+    )
     in_flight: int = meaning(16, "reads at a time of a process, ahead of the training loop", ge=1, le=64)
     allow_private: bool | list[str] = meaning(
         False, "whether host names may lead to private, loopback or link-local addresses; or a list of those that may"

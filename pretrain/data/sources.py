@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pretrain.config.run import Config
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Mixture, tempered
 from pretrain.data.remote.access import Access
-from pretrain.data.stream import Stream, source_of
+from pretrain.data.stream import Passed, Stream, source_of
 from pretrain.errors import UserError
 from pretrain.finetuning.examples import Examples, ExampleStream
 from pretrain.finetuning.opening import open_examples
@@ -97,6 +97,19 @@ class Sources:
             return found
         return found.ordered(self.mixture.course(skipped).orders[phase])
 
+    @property
+    def passed(self) -> dict[Passed, str]:
+        """Chunks of training data that are passed over (data.remote.on_missing), and why, as far as this process knows."""
+        streams = [stream for stream in self.phases if isinstance(stream, Stream)]
+        return {chunk: why for stream in streams for chunk, why in list(stream.passed.items())}
+
+    def pass_over(self, chunks: Iterable[Passed]) -> None:
+        """Read no more of these."""
+        for stream in self.phases:
+            if isinstance(stream, Stream):
+                for chunk in chunks:
+                    stream.passed.setdefault(chunk, "")
+
     def seen(self, step: int, skipped: Ranges) -> dict[str, Any]:
         """What of each named source was seen before a step, as a field of metrics; nothing where none are named."""
         return {} if self.mixture is None else {"sources": self.mixture.seen(step, skipped)}
@@ -153,6 +166,7 @@ def _streams(config: Config, manifests: Mapping[str, Manifest], mixture: Mixture
             begin=begins[number].sample,
             tokens=begins[number].tokens,
             mixture=mixture,
+            passes=data.remote.on_missing == "pass",
             phase=number,
         )
         for number, phase in enumerate(config.phases)

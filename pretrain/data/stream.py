@@ -28,6 +28,7 @@ from pretrain.data.order import PERIOD, VERSION, Order, Sequential, Source, rank
 from pretrain.data.prefetch import Prefetch, prefetch
 from pretrain.data.remote.access import RemoteFolder
 from pretrain.data.remote.chunks import RemoteChunks, cache_shortage, open_chunks
+from pretrain.data.remote.fetching import Missing
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Prefetch", "Stream", "batch_hash", "prefetch", "rank_numbers"]
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
+Passed = tuple[int, int]  # a source's number, and a chunk of it
 Also = Callable[[Integers], Integers]
 
 
@@ -45,8 +47,9 @@ class Stream:
     seq_length: T, the tokens of a sequence (one more is read: the last target). seed, lanes, window: of the order, see
     `pretrain.data.order`. shuffle=False: samples in the order in which they lie. weights: of several folders (default:
     by their sizes). begin, tokens: the first sample number that is the stream's, and the run's tokens before it. mixture: of
-    these folders by name, whose order in a phase of sequence lengths it is. Raises UserError for whatever is wrong with the
-    folders, before a token is read.
+    these folders by name, whose order in a phase of sequence lengths it is. passes: a chunk that cannot be had is passed
+    over, its samples filled with document ends, which count nothing (`pretrain.objectives.filler`). Raises UserError for
+    whatever is wrong with the folders, before a token is read.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Stream:
         tokens: int = 0,
         mixture: Mixture | None = None,
         phase: int = 0,
+        passes: bool = False,
     ) -> None:
         if not folders:
             raise UserError("There is no folder of shards to read.")
@@ -94,6 +98,8 @@ class Stream:
             **({} if mixture is None else {"mixture": mixture.recipe}),
         }
         self._chunks, self._ahead = open_chunks(self.manifests)
+        self.passes = passes
+        self.passed: dict[Passed, str] = {}  # what is passed over, and why, in words
         self._per_chunk = np.array([source.per_chunk for source in sources], np.int64)
         self._lock = threading.Lock()
         self.row = 0  # of those that `gather` reads, the one that it is at: who waits for it may ask
@@ -146,7 +152,9 @@ class Stream:
         self._ahead.expect(
             (holder, chunk)
             for source, chunk in wanted
-            if isinstance(holder := self._chunks[source], RemoteChunks) and not holder.is_at_hand(chunk)
+            if isinstance(holder := self._chunks[source], RemoteChunks)
+            and (source, chunk) not in self.passed
+            and not holder.is_at_hand(chunk)
         )
 
     def gather(self, sources: Integers, samples: Integers, numbers: Integers | None = None) -> Integers:
@@ -159,12 +167,24 @@ class Stream:
             for row, (source, chunk, first) in enumerate(places):
                 self.row = row  # to be looked at; another thread that begins to read may set it as well
                 try:
-                    rows[row] = self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+                    rows[row] = self._tokens(source, chunk, first)
                 except UserError as error:
                     if numbers is None:
                         raise
                     raise UserError(f"{error} (Sample number {numbers[row]} is the first to need it.)") from error
         return rows.astype(np.int64)  # at once: row by row it costs a third of the reading
+
+    def _tokens(self, source: int, chunk: int, first: int) -> Integers | int:
+        """Of one sample; or the document end that stands in the place of each."""
+        if (source, chunk) in self.passed:
+            return self.eos
+        try:
+            return self._chunks[source].tokens(chunk, first, self.seq_length + 1)
+        except Missing as error:
+            if not self.passes:
+                raise
+            self.passed[source, chunk] = str(error)
+            return self.eos
 
     def unpadded(self, tokens: Integers) -> Integers:
         """Of tokens that were read, what is the samples' own: all."""

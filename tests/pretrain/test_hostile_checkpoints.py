@@ -178,7 +178,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     "files that are a list": _put("files", to=["a.safetensors"]),
     "a file without a hash": lambda m: m["files"].update({name: {"bytes": 1} for name in m["files"]}),
     "a file with a wrong size": lambda m: m["files"].update({name: {"bytes": -1, "sha256": ""} for name in m["files"]}),
-    "another format": _put("format", to=3),
+    "another format": _put("format", to=4),
     "no state": lambda m: m.pop("state"),
     "a state that is a list": _put("state", to=[1]),
     "an unknown part of the state": _put("state", "more", to=1),

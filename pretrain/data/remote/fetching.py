@@ -14,6 +14,10 @@ MEND = "Look at the server and the network, or put the file back; the same comma
 Check = Callable[[bytes], str]  # what is wrong with the bytes; empty: nothing
 
 
+class Missing(UserError):
+    """What could not be had from where it lies."""
+
+
 class Fetcher:
     """Reads ranges of remote files within a time limit. Safe for several threads at once."""
 
@@ -24,7 +28,7 @@ class Fetcher:
         """At most `size` bytes from `start` on, of which `check` finds nothing wrong.
 
         Each try has an equal part of `timeout_seconds`, so that a connection that died silently is given up for a new one
-        while there is time. Raises UserError, which names `what`, where no try succeeds.
+        while there is time. Raises Missing, which names `what`, where no try succeeds, and UserError for what is not allowed.
         """
         config, tries, problem = self.config, 0, ""
         begun = time.monotonic()
@@ -35,7 +39,7 @@ class Fetcher:
             try:
                 data = self._opener.read(address, start, size, limit)
             except (FileNotFoundError, PermissionError) as error:  # it would only say so again
-                raise UserError(f"{what}: {error.strerror or error}. {MEND}") from error
+                raise Missing(f"{what}: {error.strerror or error}. {MEND}") from error
             except TimeoutError:
                 problem = f"no answer in {limit:.3g} s"
             except OSError as error:
@@ -44,7 +48,7 @@ class Fetcher:
                 if not (problem := check(data)):
                     return data
         told = f"{tries} {'try' if tries == 1 else 'tries'}, {time.monotonic() - begun:.3g} s in all"
-        raise UserError(f"{what}: {problem} ({told}). {MEND}")
+        raise Missing(f"{what}: {problem} ({told}). {MEND}")
 
     def _paused(self, tries: int, deadline: float) -> bool:
         """Wait before a further try. False, without a wait, where no time would be left for it."""
