@@ -16,7 +16,7 @@ help:
 	@echo "make demo           train a small GPT on Python's own sources and let it write (a few minutes on 2 cores)"
 	@echo "make demo-parallel  the same model on four processes: two halves of each layer, two halves of the depth"
 	@echo "make finetune-demo  tune a real 6-layer BERT into a classifier (a few minutes on 2 cores)"
-	@echo "make test           run all tests (at most 15 minutes on 2 cores)"
+	@echo "make test           run the tests (at most 15 minutes on 2 cores; ARGS=--thorough: all of them, half as long again)"
 	@echo "make test-cluster   runs on a real Slurm, a real Docker and cut networks on this machine; installs them, as root (minutes)"
 	@echo "make check          style, types, and the direction of imports"
 	@echo "make matrix         every layout up to eight processes against one process; writes docs/layouts.md (an hour)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
+import numpy as np
 
 from parallel.grid import Grid
 from pretrain.data.sources import Sources
@@ -23,12 +23,12 @@ class Passing:
     def __init__(self, sources: Sources, grid: Grid) -> None:
         self.sources, self.grid = sources, grid
 
-    def counts(self, state: State, tokens: torch.Tensor) -> tuple[int, int]:
+    def counts(self, state: State, tokens: np.ndarray) -> tuple[int, int]:
         """Of a step on this rank: samples in such chunks, and chunks that the run does not know of yet. tokens (B, T)."""
         known = self.sources.passed
         if not known:
             return 0, 0
-        empty = (tokens == self.sources.tokenizer.eos).all(dim=1)
+        empty = (tokens == self.sources.tokenizer.eos).all(axis=1)
         return int(empty.sum()) * self.grid.reads_data, len(known.keys() - set(state.passed))
 
     def settle(self, state: State, samples: int, reporter: Silent) -> State:

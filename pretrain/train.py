@@ -153,7 +153,7 @@ class Run:
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         made = [self.objective(*micro) for micro in zip(*(part.split(micro_size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
-        own = rows[1][:, : self.plan.seq_length(self.state.step)]
+        own = tokens[:, : self.plan.seq_length(self.state.step)]
         filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
         passing = self.passing.counts(self.state, own)
         self.heartbeat.mark(self.state.step + 1, "count of targets")

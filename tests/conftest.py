@@ -35,11 +35,21 @@ MAY_SKIP = ("needs a GPU",)  # under CI any other skipped test is a failure: it 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="also the tests marked thorough, as .ci/run does")
     group = parser.getgroup("torture", "runs killed at random places (tests/pretrain/test_torture.py)")
     group.addoption("--schedules", type=int, default=5, help="schedules of kills (default: 5)")
     group.addoption("--first-seed", type=int, default=5, help="seed of the first; the others' follow (default: 5)")
     group = parser.getgroup("kernels", "kernels compiled for GPUs that are not there (tests/kernels/test_compiled.py)")
     group.addoption("--all-kernels", action="store_true", help="compile every case, not a few (many minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test` has fifteen minutes."""
+    if config.getoption("--thorough"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session", autouse=True)

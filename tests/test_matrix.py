@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,19 @@ STEPS = 3  # the last of them on the batch that the ramp ends in
 MORE = 2  # drawn from all that remain
 
 
-def combinations() -> list[Combination]:
+def combinations() -> list[Any]:
+    """Those of few processes first in which each value stands once; the rest, in which each pair does, are thorough."""
     chosen = covering()
     rest = [combination for combination in each_layout() if combination not in chosen]
-    return [*chosen, *random.Random(SEED).sample(rest, MORE)]
+    seen: set[tuple[int, str]] = set()
+    singles = set()
+    for combination in sorted(chosen, key=lambda combination: combination.cost):
+        values = set(enumerate(combination.values))
+        if values - seen:
+            seen |= values
+            singles.add(combination)
+    every = [*chosen, *random.Random(SEED).sample(rest, MORE)]
+    return [pytest.param(one, marks=() if one in singles else pytest.mark.thorough) for one in every]
 
 
 @pytest.fixture(scope="module")

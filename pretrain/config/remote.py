@@ -42,9 +42,7 @@ class CacheConfig(Section):
 class RemoteConfig(Section):
     """Reading shards at http://, https://, s3:// and gs:// addresses."""
 
-    timeout_seconds: float = meaning(
-        120.0, "after which a chunk cannot be had, all tries together", gt=0
-    )
+    timeout_seconds: float = meaning(120.0, "after which a chunk cannot be had, all tries together", gt=0)
     retries: int = meaning(3, "further tries of a read that failed, was cut short or gave wrong bytes", ge=0, le=20)
     backoff_seconds: float = meaning(0.5, "before the first further try; doubles with each", ge=0)
     on_missing: Literal["stop", "pass"] = meaning(

@@ -17,7 +17,7 @@ from pretrain.schedule import Plan
 from tests.distributed import REPOSITORY
 
 FOLDER = REPOSITORY / "configs"
-SHIPPED = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "finetune")
+SHIPPED = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("finetune", "selection"))
 START = re.compile(r"^# Start with (\d+) processes? \((\d+) nodes? of 8 GPUs\): (.+)\.$", re.MULTILINE)
 VOCAB, LENGTH = 50257, 2048
 

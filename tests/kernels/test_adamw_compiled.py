@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.thorough
 TABLE = Path(__file__).with_name("adamw_compiled.json")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "": 0}
 

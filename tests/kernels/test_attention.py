@@ -232,6 +232,7 @@ def test_dropout_differs_between_samples_heads_and_sites() -> None:
 # -- the rest ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_compiled_attention_is_the_eager_one() -> None:
     """Fused, the hash's arithmetic is C++ in loop counters: see kernels/noise.py."""
 

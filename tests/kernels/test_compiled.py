@@ -1,9 +1,9 @@
 """The attention kernels compile for GPUs that are not there, and nothing spills.
 
-Each run compiles a few cases; `--all-kernels` compiles every one. What a case compiled to is kept in pytest's cache under
-a hash of the kernels' sources, so that only a change compiles again. No more registers, stack, spills or shared memory
-than `compiled.json` has for this version of Triton: after a deliberate change, or for a new version, write it anew with
-`python -m tests.kernels.offline` and look at the difference.
+Each run compiles a few cases, `--thorough` some more and `--all-kernels` every one. What a case compiled to is kept in
+pytest's cache under a hash of the kernels' sources, so that only a change compiles again. No more registers, stack, spills
+or shared memory than `compiled.json` has for this version of Triton: after a deliberate change, or for a new version, write
+it anew with `python -m tests.kernels.offline` and look at the difference.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FEW = [
     Case(100, "bfloat16", 64, "causal"),
     Case(90, "bfloat16", 64, "bias"),
 ]
+FEWER = FEW[:2] + FEW[4:6]
 GROWING = ("registers", "stack", "STL", "LDL", "shared", "threads", "plain_dots")
 SOURCES = ["kernels/triton/*.py", "kernels/tiles.py", "kernels/attention_launch.py", "tests/kernels/offline.py"]
 
@@ -35,7 +36,8 @@ SOURCES = ["kernels/triton/*.py", "kernels/tiles.py", "kernels/attention_launch.
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = CASES if metafunc.config.getoption("--all-kernels") else FEW
-        metafunc.parametrize("case", cases, ids=str, scope="module")
+        marked = [pytest.param(case, marks=() if case in FEWER else pytest.mark.thorough) for case in cases]
+        metafunc.parametrize("case", marked, ids=str, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tests.kernels.offline import Driver, Recorder
 from tests.kernels.test_adamw_compiled import accesses, machine_code, numbers_of
 from tests.kernels.workers import compile_offline
 
+pytestmark = pytest.mark.thorough
 TABLE = Path(__file__).with_name("cross_entropy_compiled.json")
 
 

@@ -44,6 +44,7 @@ print(all(torch.equal(found[0], other) for other in found))
 """
 
 
+@pytest.mark.thorough
 def test_compiled_on_two_threads_the_gradient_is_bitwise_the_same_every_time() -> None:
     """With F.embedding in its place this prints False: the compiler's own gradient adds up by racing threads."""
     command = [sys.executable, "-c", REPEATED]

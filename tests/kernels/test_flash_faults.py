@@ -9,6 +9,7 @@ from tests.kernels import flash_cases as cases
 from tests.kernels.flash_cases import Setting
 from tests.kernels.workers import interpret
 
+pytestmark = pytest.mark.thorough
 EDGES = tuple(t5_buckets(8, 20)[0].tolist())
 PLAIN = Setting(33, 33)
 WINDOW = Setting(34, 34, window=5, heads=1)

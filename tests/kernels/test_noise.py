@@ -218,6 +218,7 @@ def without_vectors() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.thorough
 def test_compiled_masks_are_the_eager_ones(without_vectors: None) -> None:
     """With vectors, and fused into what uses them: test_compiled_attention_is_the_eager_one."""
 

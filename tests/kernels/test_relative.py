@@ -155,6 +155,7 @@ def test_twice_the_same_is_bitwise_the_same_with_several_threads(four_threads: N
     assert all(a.equal(b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.thorough
 def test_compiled_attention_is_the_eager_one_and_bitwise_the_same_twice(four_threads: None) -> None:
     def everything(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return attention(q, k, v, bias=bias, edges=EDGES, window=30)

@@ -22,6 +22,7 @@ from tests.kernels.offline import Driver, Recorder
 from tests.kernels.test_adamw_compiled import accesses, machine_code, numbers_of
 from tests.kernels.workers import compiled_once
 
+pytestmark = pytest.mark.thorough
 TABLE = Path(__file__).with_name("rows_compiled.json")
 ROWS, FEATURES = 4096, 4096
 SCALARS = {"activation": 0, "rotary": 1, "norm": 6}  # accesses at most of a token's place, of rows' statistics and keys

@@ -91,6 +91,7 @@ def same(found: list[float], wanted: list[float], tolerance: float) -> None:
     assert found == pytest.approx(wanted, rel=tolerance)
 
 
+@pytest.mark.thorough
 def test_fifty_steps_by_triton_are_those_by_torch(tmp_path: Path, tiny_data: Path) -> None:
     """With dropout and documents kept apart. Each kernel ran in every step, and not once where torch was asked for."""
     config = write(tmp_path, tiny_data, 0.1, across=False)

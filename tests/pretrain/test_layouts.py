@@ -120,6 +120,7 @@ def reference(follow: Follow) -> Callable[[str], Course]:
     return course
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_is_the_same_under_every_layout(
     case: Case, follow: Follow, reference: Callable[[str], Course]

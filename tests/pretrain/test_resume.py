@@ -39,6 +39,7 @@ def test_a_run_killed_in_a_step_goes_on_bitwise(tmp_path: Path, tiny_data: Path,
     assert_same_run(uninterrupted(tiny_data, *options), tmp_path / "run")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_compiled_run_killed_in_a_step_goes_on_bitwise(tmp_path: Path, tiny_data: Path) -> None:
     """torch.compile makes the same code again, whatever batch size or validation the process began with."""

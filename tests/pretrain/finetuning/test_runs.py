@@ -118,6 +118,7 @@ DECAY = "optimizer.layer_decay=0.7"
 LAYOUTS = ("tp=2,sp", "cp=2", "pp=2,zero=1", "dp=2,zero=2")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_trains_the_same(kind: str, layout: str, tuned: Tuned) -> None:

@@ -89,6 +89,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, held in LAYOUTS.items() for layout in held])
 def test_every_layout_trains_the_same(name: str, layout: str, traces: Traces) -> None:
     config, one = traces.of(name)

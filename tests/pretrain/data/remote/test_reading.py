@@ -199,6 +199,7 @@ def test_reads_in_flight_and_what_lies_unread_are_bounded(
     stream.gather(*stream.order.locate(np.arange(4)))
     time.sleep(0.2)
     assert len(server.asked_for(r"\.tar")) == 3
+    server.fault = lambda request, before: "after 0.3" if ".tar" in request.path else ""
     large = opened(new_access("1 MB", in_flight=3), f"{server.url}/source", shuffle=False)
     large.read(np.arange(60))
     assert server.most_at_once in (3, 4)  # the reader takes one himself where it is not under way yet
