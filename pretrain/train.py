@@ -155,7 +155,8 @@ class Run:
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         own = tokens[:, : self.plan.seq_length(self.state.step)]
         filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
-        passing = self.passing.counts(self.state, own)
+        stream = self.sources.stream(self.plan.phase(self.state.step), self.state.skipped)
+        passing = self.passing.counts(stream, self.state, numbers, own)
         self.heartbeat.mark(self.state.step + 1, "count of targets")
         asked, keeper = self.interrupt.asked, self.keeper
         told = self.grid.total_on_host(
@@ -294,7 +295,7 @@ class Run:
             step=self.state.step,
             **({} if self.sources.task else {"tokens": self.plan.tokens_before(self.state.step)}),
             samples=self.state.samples,
-            **({"passed_samples": self.state.passed_samples} if self.state.passed else {}),
+            **({"passed_samples": self.state.passed_samples} if self.state.passed_samples else {}),
             **self.sources.seen(self.state.step, self.state.skipped),
             **({} if len(self.plan.phases) == 1 else {"seq_length": self.plan.seq_length(self.before.step)}),
             loss=sum(losses.values()),

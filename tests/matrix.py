@@ -34,7 +34,7 @@ from tests.distributed import REPOSITORY, run_ranks, stop_zygotes
 
 MOST_PROCESSES = 8
 SEED = 4
-SPREAD_STEPS = 5  # of the runs that tell how much rounding differs, at least
+SPREAD_STEPS = 10  # of the runs that tell how much rounding differs, at least
 CONFIG = """
 version: 1
 model: {kind: gpt, num_layers: 5, hidden_size: 32, num_heads: 4, dropout: 0.1, initial_scale: 0.1}

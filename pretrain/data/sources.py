@@ -97,14 +97,8 @@ class Sources:
             return found
         return found.ordered(self.mixture.course(skipped).orders[phase])
 
-    @property
-    def passed(self) -> dict[Passed, str]:
-        """Chunks of training data that are passed over (data.remote.on_missing), and why, as far as this process knows."""
-        streams = [stream for stream in self.phases if isinstance(stream, Stream)]
-        return {chunk: why for stream in streams for chunk, why in list(stream.passed.items())}
-
     def pass_over(self, chunks: Iterable[Passed]) -> None:
-        """Read no more of these."""
+        """Read no more of these chunks of training data (data.remote.on_missing)."""
         for stream in self.phases:
             if isinstance(stream, Stream):
                 for chunk in chunks:
