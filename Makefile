@@ -76,9 +76,10 @@ finetune-demo: $(STAMP)
 	@echo
 	@paste -d '\n' <(sed -n '2,6p' runs/finetune-demo-data/dev.tsv) <(sed -n '1,5p' runs/finetune-demo-data/predicted.jsonl)
 
-# Two at a time: most tests are one process of one thread. Each worker begins with a half and takes of the other's rest.
+# Three at a time on two cores: most tests are one process of one thread, and some wait for another's end. Each worker begins
+# with a third and takes of the others' rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal $(ARGS)
 
 test-cluster: $(STAMP)
 	@.ci/cluster $(ARGS)
