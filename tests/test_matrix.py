@@ -41,6 +41,7 @@ def test_every_pair_of_axes_trains_as_one_process(matrix: Matrix, combination: C
     assert found.same, f"{found.layout}: step {found.step}: {found.what} {found.parameters}"
 
 
+@pytest.mark.thorough
 def test_the_set_covers_every_pair_that_is_accepted() -> None:
     together = {pair for combination in covering() for pair in combination.pairs()}
     assert together == {pair for combination in accepted() for pair in combination.pairs()}

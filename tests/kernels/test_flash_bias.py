@@ -15,6 +15,8 @@ from tests.kernels.workers import interpret
 EDGES = tuple(t5_buckets(8, 20)[0].tolist())
 LEFT = tuple(t5_buckets(8, 20, bidirectional=False)[0].tolist())
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def wait_for_steps(launcher: subprocess.Popen[str], run: Path, steps: int) -> No
     ("number", "victim", "layout", "code", "how"),
     [
         (signal.SIGKILL, 1, "zero=1", 137, "launch: rank 1 was killed by SIGKILL"),
-        (signal.SIGKILL, 0, "pipeline=2", 137, "launch: rank 0 was killed by SIGKILL"),
+        pytest.param(
+            *(signal.SIGKILL, 0, "pipeline=2", 137, "launch: rank 0 was killed by SIGKILL"), marks=pytest.mark.thorough
+        ),
         (signal.SIGSTOP, 0, "zero=0", 3, "launch: rank 1 gave up waiting for another; ended, since stopped"),
     ],
     ids=["kill 1", "kill 0", "stop 0"],

@@ -108,6 +108,7 @@ def test_fifty_steps_by_triton_are_those_by_torch(tmp_path: Path, tiny_data: Pat
     assert all(launches[name] == STEPS for name in OPTIMIZER)
 
 
+@pytest.mark.thorough
 def test_fifty_steps_by_flash_attention_are_those_by_torch(tmp_path: Path, tiny_data: Path) -> None:
     config = write(tmp_path, tiny_data, 0.0, across=True)
     plain = train(config, tmp_path / "torch", *TORCH)
@@ -126,6 +127,7 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tu
     return config, [line["loss"] for line in read_metrics(folder / "one")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_kernels_run_inside_zero(tmp_path: Path, three_steps: tuple[Path, list[float]], stage: int) -> None:
     """On both ranks; the norm is DeepSpeed's own."""

@@ -131,6 +131,7 @@ def learning_rate(step: int) -> float:
     return PEAK * (FINAL + (1 - FINAL) * (math.cos(angle) + 1) / 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", ["loss", "grad_norm", "learning_rate"])
 def test_every_step_is_that_of_the_plain_loop(engine: Course, plain: Course, what: str) -> None:
     assert [line["step"] for line in engine.logged] == list(range(1, STEPS + 1))

@@ -134,6 +134,7 @@ def slow_everywhere() -> None:
     slow(Run, "advance", "Python (rest)")
 
 
+@pytest.mark.thorough
 def test_what_takes_long_is_found_in_its_part(tmp_path: Path, tiny_data: Path) -> None:
     options = (*QUICK, "batch={size: 2, micro_size: 1}", "schedule.total=4 steps", "model.num_layers=1", "--profile=1")
     ran = train(tmp_path, tiny_data, *options, fault=slow_everywhere, world=2)
@@ -144,6 +145,7 @@ def test_what_takes_long_is_found_in_its_part(tmp_path: Path, tiny_data: Path) -
         assert rows[part][2] >= seconds * 1e3, (part, rows)  # on the rank with the least, too
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("axis", "micro_size"), [("tensor", 4), ("pipeline", 1)], ids=["tensor parallel", "pipeline parallel"]
 )

@@ -179,6 +179,7 @@ def test_a_difference_exits_1_and_names_the_parameter(
     assert "pp=2: step 1: 1 of " in (said := capsys.readouterr().out) and "embedding.weight" in said
 
 
+@pytest.mark.thorough
 def test_bf16_is_allowed_twice_what_micro_batch_sizes_differ(config: Config) -> None:
     bf16 = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "bf16"})})
     one, *others = (

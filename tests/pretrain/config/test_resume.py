@@ -52,7 +52,22 @@ MAY_DIFFER: tuple[str, ...] = (
 MAY_DIFFER += ("data.train", "data.validation")
 MAY_DIFFER += ("kernels.", "data.prefetch", "data.cache.", "data.remote.", "schedule.total")
 ONE_VALUE = ("version", "model.kind", "objective.kind", "optimizer.kind")
-WORDS = ("swiglu", "triton", "rms", "post", "alibi", "linear", "wsd", "full", "fp32", "never", "other", "none", "word")
+WORDS = (
+    "swiglu",
+    "triton",
+    "rms",
+    "post",
+    "alibi",
+    "linear",
+    "wsd",
+    "full",
+    "fp32",
+    "never",
+    "other",
+    "none",
+    "word",
+    "pass",
+)
 CANDIDATES = (
     False,
     True,

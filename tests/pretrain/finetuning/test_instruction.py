@@ -259,6 +259,7 @@ def test_what_is_written_is_the_greedy_text_whatever_is_asked_beside(tuned: Tune
     assert cut[0].shape == (2, 2)
 
 
+@pytest.mark.thorough
 def test_every_layout_trains_the_same(tuned: Tuned, tmp_path: Path) -> None:
     fields = [f"run.dir={tmp_path / 'run'}", "optimizer.epsilon=1e-5"]
     config = runs.open_config(str(tuned.config), fields, 1)

@@ -314,6 +314,7 @@ def test_a_folder_of_the_body_with_its_tables_is_read(tmp_path: Path, tokenizer:
 # -- where a training begins -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_pairs_are_learned_from_where_span_corruption_ended(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """From the run, or from the folder that it was exported to: the same steps, bit by bit, from its weights."""
     objective = {"kind": "span-corruption", "sentinels": 12}

@@ -266,6 +266,7 @@ BYTES = (
 )
 
 
+@pytest.mark.thorough
 @settings(max_examples=400, deadline=None)
 @given(BYTES)
 def test_random_bytes_give_records_or_a_users_mistake(data: bytes) -> None:
