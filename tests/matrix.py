@@ -28,19 +28,17 @@ from parallel.layout import Layout, layout_problems
 from pretrain import comparison, verify
 from pretrain.config.load import load_config, shapes_of
 from pretrain.config.run import Config
-from pretrain.data.prepare import prepare
-from pretrain.data.preparing.options import Options
+from pretrain.data.prepare import Options, prepare
 from tests.distributed import REPOSITORY, run_ranks, stop_zygotes
 
 MOST_PROCESSES = 8
 SEED = 4
-SPREAD_STEPS = 10  # of the runs that tell how much rounding differs, at least
 CONFIG = """
 version: 1
 model: {kind: gpt, num_layers: 5, hidden_size: 32, num_heads: 4, dropout: 0.1, initial_scale: 0.1}
 data: {train: SHARDS/train, seq_length: 32}
 objective: {kind: causal, loss_across_documents: false}
-batch: {size: 8, micro_size: 8, ramp: {start: 4, increment: 4, length: 2 steps}}
+batch: {size: 8, micro_size: 8, ramp: {start: 4, increment: 4, length: 3 steps}}
 optimizer: {kind: adamw, learning_rate: 1.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_norm: 1.0,
             epsilon: 1.0e-5}
 schedule: {kind: cosine, warmup: 2 steps, total: 1000 steps, final_fraction: 0.1}
@@ -183,31 +181,25 @@ class Matrix:
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
-        self._alone: dict[tuple[str, str], comparison.Trace] = {}
-        self._sizes: dict[tuple[str, str], list[comparison.Trace]] = {}  # of other micro-batch sizes
+        self._alone: dict[tuple[str, str], tuple[comparison.Trace, list[comparison.Trace]]] = {}
 
     def compare(self, combination: Combination) -> comparison.Comparison:
         config = config_of(self.folder, combination.model)
-        one, *others = self._one_process(config, combination.model)
+        one, others = self._one_process(config, combination.model)
         case = verify.case_of(config, combination.layout)
         run = run_ranks(case.processes, verify.trace, case.config, self.steps, timeout=300)[0]
-        allowed = (
-            comparison.spread(others[0], others[1:], case.config.parallel.tensor) if others else comparison.Allowed()
-        )
+        allowed = comparison.spread(one, others, case.config.parallel.tensor)
         return comparison.compare(str(combination), case.processes, one, run, allowed)
 
-    def _one_process(self, config: Config, model: tuple[str, str]) -> list[comparison.Trace]:
-        """The run itself, and of bf16 those that tell how much rounding may differ: few steps would tell too little."""
+    def _one_process(self, config: Config, model: tuple[str, str]) -> tuple[comparison.Trace, list[comparison.Trace]]:
         if model not in self._alone:
-            self._alone[model] = _alone(config, 2, self.steps)
-            sizes = (2, 1, 4, 8) if model[1] == "bf16" else ()
-            self._sizes[model] = [_alone(config, size, max(self.steps, SPREAD_STEPS)) for size in sizes]
-        return [self._alone[model], *self._sizes[model]]
-
-
-def _alone(config: Config, micro_size: int, steps: int) -> comparison.Trace:
-    trace: comparison.Trace = run_ranks(1, verify.trace, verify.with_micro(config, micro_size), steps, timeout=300)[0]
-    return trace
+            sizes = (2, 1, 4, 8) if model[1] == "bf16" else (2,)
+            one, *rest = (
+                run_ranks(1, verify.trace, verify.with_micro(config, size), self.steps, timeout=300)[0]
+                for size in sizes
+            )
+            self._alone[model] = one, rest
+        return self._alone[model]
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.matrix import AXES, MOST_PROCESSES, SEED, Combination, Matrix, accepted, covering, each_layout, write_shards
 
-STEPS = 3  # the last of them on the batch that the ramp ends in
+STEPS = 5  # past the step at which the batch ramp grows
 MORE = 2  # drawn from all that remain
 
 
