@@ -38,7 +38,8 @@ from rich.console import Console
 from workload import start_run, write_config
 
 from pretrain.data.stream import Stream, prefetch
-from pretrain.train import Run, StepData
+from pretrain.step_data import StepData
+from pretrain.train import Run
 
 LENGTH, BATCH = 256, 16
 SMALL, LARGE = 64, 1024  # megabytes of tokens

@@ -228,6 +228,7 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
     from pretrain.report import Reporter
     from pretrain.runs import open_config
     from pretrain.session import facts_of
+    from pretrain.step_data import StepData
 
     path = args.folder / "engine.yaml"
     path.write_text(_config(args))
@@ -241,7 +242,7 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
 
         loss = float("nan")
 
-        def data(self) -> Iterator[train.StepData]:
+        def data(self) -> Iterator[StepData]:
             source = super().data()
             for line in sys.stdin:
                 started = time.perf_counter()
@@ -250,7 +251,7 @@ def _engine(args: argparse.Namespace, replies: Any) -> None:
                 tokens = int(line) * config.batch.size * config.data.seq_length
                 _reply(replies, started, tokens, self.loss, config.precision.compute)
 
-        def log(self, data: train.StepData, loss: Any, update: Any) -> None:
+        def log(self, data: StepData, loss: Any, update: Any) -> None:
             super().log(data, loss, update)
             if self.due(config.monitor.log_every):
                 self.loss = sum(loss.cpu() / torch.tensor(data.targets)).item()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import attempts
-from launch.script import Job, job_name, problems
+from launch.script import Job, job_name, problems, surroundings
 from pretrain.config.folder import LAUNCH, LOGS, PLAN, draft_of
 from pretrain.errors import Exit, UserError
 
@@ -156,16 +156,7 @@ def _directives(step: Step, job: Job, out: Path) -> Iterator[str]:
 
 
 def _body(step: Step, job: Job, out: Path) -> Iterator[str]:
-    for variable in job.environment:
-        name, equals, value = variable.partition("=")
-        yield (
-            f"export {name}={shlex.quote(value)}"
-            if equals
-            else f"export {name} # as it was where the job was submitted"
-        )
-    if job.setup is not None:
-        yield f"source {shlex.quote(str(job.setup))} || exit"
-    yield "set -euo pipefail"
+    yield from surroundings(job)
     yield f"cd -- {shlex.quote(str(job.work))}"
     processes = ("--processes", str(job.cpus)) if job.cpus else ()
     command = [sys.executable, "-m", "pretrain", "prepare", "--out", str(out), *step.words, *processes]

@@ -145,8 +145,8 @@ def _directives(job: Job) -> Iterator[str]:
         yield "#SBATCH --exclusive"
 
 
-def _settings(job: Job) -> Iterator[str]:
-    yield "# -- this run"
+def surroundings(job: Job) -> Iterator[str]:
+    """Lines that set the variables that were asked for, and read the user's own file."""
     for variable in job.environment:
         name, equals, value = variable.partition("=")
         yield (
@@ -157,6 +157,11 @@ def _settings(job: Job) -> Iterator[str]:
     if job.setup is not None:
         yield f"source {shlex.quote(str(job.setup))} || exit"
     yield "set -euo pipefail"
+
+
+def _settings(job: Job) -> Iterator[str]:
+    yield "# -- this run"
+    yield from surroundings(job)
     settings = {
         "run": str(job.run),
         "work": str(job.work),

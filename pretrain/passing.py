@@ -20,6 +20,7 @@ from pretrain.opening import State
 from pretrain.report import Silent
 
 Array = np.ndarray[Any, Any]
+AnyStream = Stream | ExampleStream
 
 
 class Passing:
@@ -29,7 +30,7 @@ class Passing:
         self.sources, self.grid = sources, grid
         self._met: dict[Passed, str] = {}  # of this step, which the run does not know of yet, and why
 
-    def counts(self, stream: Stream | ExampleStream, state: State, numbers: Array, tokens: Array) -> tuple[int, int]:
+    def counts(self, stream: AnyStream, state: State, numbers: Array, tokens: Array) -> tuple[int, int]:
         """Of a step on this rank: its samples in such chunks, and the chunks of these that the run does not know of yet (a
         reader that is ahead may know of more). numbers (B,), tokens (B, T)."""
         self._met = {}

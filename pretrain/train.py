@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,33 +29,19 @@ from pretrain.held_out import validation_of
 from pretrain.initial import start_of
 from pretrain.interrupt import Interrupt
 from pretrain.keeping import Keeper
-from pretrain.objectives.batch import AnyBatch
 from pretrain.objectives.choice import Objective, objective_for
 from pretrain.objectives.filler import count_filler
-from pretrain.passing import Passing
+from pretrain.passing import AnyStream, Passing
 from pretrain.policy import Policy
 from pretrain.profile import Profiler
 from pretrain.report import Silent
 from pretrain.schedule import Plan
 from pretrain.showing import Showing
+from pretrain.step_data import StepData
 from pretrain.stragglers import Stragglers
 from pretrain.trainable import frozen_weights
 
 WAIT = 0.9  # of the ranks' time limit, for a batch: who waits for data says what it is before the others give it up
-
-
-class StepData(NamedTuple):
-    """This rank's part of one step."""
-
-    numbers: np.ndarray  # sample numbers (n,)
-    tokens: np.ndarray  # (n, S + 1), with those of further samples behind them (n, 2 (S + 1))
-    batches: list[AnyBatch]  # the same as micro-batches
-    size: int  # sequences of the step over all ranks
-    filler: int  # of their tokens, over all ranks, what only fills rows
-    targets: list[float]  # targets of each term of the loss that count, over all ranks
-    stop: bool  # some rank was asked to stop
-    save: bool  # what could not be saved before may have room now
-    waited: float  # seconds for the data
 
 
 def train(run: Run) -> str:
@@ -125,8 +110,9 @@ class Run:
         phase = self.plan.phase(self.state.step)
         end = self.plan.end_of(phase)
         self.sources.pass_over(self.state.passed)
+        stream = self.sources.stream(phase, self.state.skipped)
         source = prefetch(
-            self.sources.stream(phase, self.state.skipped),
+            stream,
             self.plan.steps_from(self.state.step, end, self.state.skipped),
             self.grid.data_rank,
             self.grid.data_size,
@@ -143,19 +129,18 @@ class Run:
                     started = time.perf_counter()
                     numbers, tokens = next(source)
                     waited = time.perf_counter() - started
-                    made = self._step_data(numbers, tokens, waited)
+                    made = self._step_data(stream, numbers, tokens, waited)
                 yield made
         finally:
             source.close()
 
-    def _step_data(self, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
+    def _step_data(self, stream: AnyStream, numbers: np.ndarray, tokens: np.ndarray, waited: float) -> StepData:
         micro_size = self.plan.micro_size(self.state.step)
         rows = (torch.from_numpy(numbers), torch.from_numpy(tokens))
         made = [self.objective(*micro) for micro in zip(*(part.split(micro_size) for part in rows), strict=True)]
         counted = torch.stack([batch.counts() for batch in made]).sum(dim=0) * self.grid.reads_data
         own = tokens[:, : self.plan.seq_length(self.state.step)]
         filled = 0 if self.sources.task else count_filler(own, self.tokenizer.eos) * self.grid.reads_data
-        stream = self.sources.stream(self.plan.phase(self.state.step), self.state.skipped)
         passing = self.passing.counts(stream, self.state, numbers, own)
         self.heartbeat.mark(self.state.step + 1, "count of targets")
         asked, keeper = self.interrupt.asked, self.keeper

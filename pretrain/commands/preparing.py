@@ -147,6 +147,31 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     for side in ("source", "target"):
         text = f"with --pairs: tokens of a row's {side}s; a longer pair is left out (default: 128)"
         command.add_argument(f"--{side}-length", type=int, metavar="N", help=text)
+    _tokenizer_options(command)
+    _document_options(command)
+    command.add_argument(
+        "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
+    )
+    command.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes that tokenize (default: one a core); never changes the result",
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
+    command.add_argument(
+        "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
+    )
+    command.add_argument(
+        "--piece-bytes",
+        type=int,
+        metavar="N",
+        help="text that a process does at a time (default: 4 to 64 MiB, by the size of the corpus)",
+    )
+    _part_options(command)
+
+
+def _tokenizer_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--vocab-size",
         type=int,
@@ -160,6 +185,16 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--model-type", choices=("bpe", "unigram"), help="kind of tokenizer to train (default: bpe)")
     command.add_argument("--user-symbols", nargs="+", metavar="TEXT", help="strings that always are one token")
+    command.add_argument(
+        "--max-train-bytes",
+        type=int,
+        metavar="N",
+        help="text that the tokenizer is trained on, at most (default: 32 MiB)",
+    )
+
+
+def _document_options(command: argparse.ArgumentParser) -> None:
+    """What a document is, which are kept, and how they lie in rows."""
     command.add_argument(
         "--validation",
         type=float,
@@ -190,32 +225,6 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seq-length", type=int, metavar="T", help="with --packing fit or sentences: tokens of a row, data.seq_length"
     )
-    command.add_argument(
-        "--tokens-per-chunk", type=int, metavar="N", help="tokens a chunk (default: 524288, less for a small corpus)"
-    )
-    command.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processes that tokenize (default: one a core); never changes the result",
-    )
-    command.add_argument(
-        "--max-train-bytes",
-        type=int,
-        metavar="N",
-        help="text that the tokenizer is trained on, at most (default: 32 MiB)",
-    )
-    command.add_argument("--seed", type=int, metavar="N", help="of the tokenizer's sample and the split (default: 0)")
-    command.add_argument(
-        "--strict", action="store_true", help="stop at the first document that cannot be read, instead of counting it"
-    )
-    command.add_argument(
-        "--piece-bytes",
-        type=int,
-        metavar="N",
-        help="text that a process does at a time (default: 4 to 64 MiB, by the size of the corpus)",
-    )
-    _part_options(command)
 
 
 def _part_options(command: argparse.ArgumentParser) -> None:

@@ -73,12 +73,8 @@ def prepare(
     Raises UserError for a user's mistake. Then, and when interrupted, `out` is as it was, and pieces that are done are kept
     beside it for the next start.
     """
-    say = say or _tell
-    options, processes = options or Options(), processes_of(processes)
-    with (
-        _drafted(texts, out, options, stdlib, say, restart) as tools,
-        closing(Stages(tools, processes, say, timeout, options.strict)) as work,
-    ):
+    say, options = say or _tell, options or Options()
+    with _working(texts, out, options, stdlib, processes, say, restart, timeout) as (tools, work):
         _compare(tools, work, say)
         _train(tools, work, say)
         work.run(ENCODE)
@@ -98,11 +94,7 @@ def plan_only(
     """The first part of `prepare`, after which `do_task` may do the second. The tokenizer is trained now, unless a selection
     looks for copies: then it waits for `cluster_only`, since no copy is to be in its sample."""
     say = say or _tell
-    options, processes = options or Options(), processes_of(processes)
-    with (
-        _drafted(texts, out, options, stdlib, say, restart) as tools,
-        closing(Stages(tools, processes, say, timeout, options.strict)) as work,
-    ):
+    with _working(texts, out, options or Options(), stdlib, processes, say, restart, timeout) as (tools, work):
         if not tools.plan.compares:
             _train(tools, work, say)
         return tools.plan
@@ -197,6 +189,26 @@ def processes_of(wished: int | None) -> int:
     if wished is not None and wished < 1:
         raise UserError(f"--processes must be at least 1, not {wished}.")
     return wished or len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _working(
+    texts: Sequence[str | Path],
+    out: str | Path,
+    options: Options,
+    stdlib: bool,
+    processes: int | None,
+    say: Say,
+    restart: bool,
+    timeout: float,
+) -> Iterator[tuple[Tools, Stages]]:
+    """The draft of `out` with a plan, and who does the work; the arguments are `prepare`'s."""
+    processes = processes_of(processes)
+    with (
+        _drafted(texts, out, options, stdlib, say, restart) as tools,
+        closing(Stages(tools, processes, say, timeout, options.strict)) as work,
+    ):
+        yield tools, work
 
 
 @contextmanager

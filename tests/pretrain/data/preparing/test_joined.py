@@ -166,7 +166,7 @@ def test_rows_are_packed_piece_by_piece_and_no_document_is_lost(
 
 
 def test_a_table_is_cut_at_its_row_groups_and_goes_where_its_name_says(tmp_path: Path, model_file: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     texts = {
