@@ -142,14 +142,14 @@ def _datasketch(texts: Sequence[str]) -> Array:
 
 
 def _rensa(texts: Sequence[str]) -> Array:
-    from rensa import RMinHash  # type: ignore[import-untyped]
+    from rensa import RMinHash
 
     matrix = RMinHash.digest_matrix_from_token_sets([_joined(text) for text in texts], PERMUTATIONS, 1)
     return np.array(matrix.to_rows(), np.uint32)
 
 
 def _rensa_of_keys(texts: Sequence[str]) -> Array:
-    from rensa import RMinHash  # type: ignore[import-untyped]
+    from rensa import RMinHash
 
     parts = []
     for group in _groups(texts):
